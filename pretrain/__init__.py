@@ -1,0 +1,3 @@
+"""longspan: pretraining long-sequence language models."""
+
+__version__ = "0.1.0"

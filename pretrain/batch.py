@@ -1,0 +1,43 @@
+"""The seam between data and training: what one micro-batch is and how a loader is positioned.
+
+Shapes: B lanes (sequences) in a micro-batch, T tokens of a segment, n reset-grid edges inside it.
+`data` produces these types, `pretrain.training` consumes them; neither imports the other.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One micro-batch. A segment hands out T + 1 tokens and overlaps its successor by one.
+
+    Attributes:
+        tokens: (B, T + 1) int64. `tokens[:, :-1]` is the input, `tokens[:, 1:]` the targets.
+        loss_mask: (B, T) bool, True where the target counts.
+        resets: (B, n) bool, one flag for every grid edge at offsets 0, G, 2G, ... < T: True where a
+            new document begins. None when the whole segment is one packed stream (`windows`).
+        doc_id: (B, T + 1) int64, the document each token comes from; -1 on padding.
+    """
+
+    tokens: Tensor
+    loss_mask: Tensor
+    resets: Tensor | None
+    doc_id: Tensor
+
+
+class StepLoader(Protocol):
+    """Batches as a pure function of the optimizer step: a position is an integer, not an iterator."""
+
+    def steps(self, start_step: int) -> Iterator[list[Batch]]:
+        """Yields, for each optimizer step from `start_step` on, this rank's micro-batches."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """JSON-able description of the position after `step` steps, equal on every rank."""
+        ...
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError, naming each difference, when `saved` belongs to another data order."""
+        ...
