@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# make quickstart: bundled books -> shards -> two small models -> perplexity against context length.
+# Every line below is a command you can type yourself. Finished steps are recognised and skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+preset=${1:-quickstart}
+began=$SECONDS
+
+say() { printf '\n== %s  [%d s]\n' "$*" "$((SECONDS - began))"; }
+
+say "1/4 preparing the bundled books (once)"
+python launch/prepare.py data=books_sample
+
+say "2/4 training a Block-State Transformer"
+launch/local.sh experiment="${preset}_bst"
+
+say "3/4 training the window-only model of equal size, equally long"
+launch/local.sh experiment="${preset}_swa"
+
+say "4/4 perplexity against context length, from 64 to 8192 tokens"
+for model in bst swa; do
+  python launch/evaluate.py run="runs/${preset}_${model}" suite=perplexity contexts=64..8192
+done
+
+say "report"
+python launch/evaluate.py report "runs/${preset}_bst" "runs/${preset}_swa" \
+  out="runs/${preset}_report" ngram=true

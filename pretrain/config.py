@@ -1,0 +1,433 @@
+"""The configuration of a run: dataclasses < files < command line, every problem reported at once.
+
+`load_config(["experiment=quickstart_bst", "train.total_tokens=10B"])` starts from the defaults
+below, lays the chosen YAML files over them, then the `key=value` arguments. `model=`, `data=`,
+`zero=` and `experiment=` pick files under `configs/` (or name a .yaml file); a file picked on the
+command line *replaces* its section, so that no option of another model lingers in it. Derived
+values are properties and are stored nowhere.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.models.language_model import LanguageModelConfig
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+SECTIONS = ("model", "data", "zero")
+TOKEN_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass
+class DataConfig:
+    """Which prepared corpus to read, and in which order."""
+
+    path: str = ""  # folder written by launch/prepare.py
+    mode: str = "lanes"  # lanes: documents stay contiguous in their lane | windows: shuffled
+    boundary: str = "pad_block"  # lanes: pad_block | windows: packed (neighbours may see each other)
+    train_split: str = "train"
+    val_split: str = "validation"
+    prefetch_steps: int = 2
+
+
+@dataclass
+class TrainConfig:
+    """Sizes in tokens; steps are derived."""
+
+    seq_len: int = 512
+    global_batch_tokens: int = 8192  # per optimizer step, over all ranks
+    micro_batch_size: int = 8  # sequences per forward and rank
+    total_tokens: int = 1_000_000
+    precision: str = "bf16"  # bf16: torch_autocast with fp32 parameters | fp32
+    carry_state: bool = False  # truncated backpropagation: hand the state to the next segment
+    compile: bool = False
+    deterministic: bool = False
+    max_consecutive_skips: int = 5  # steps with non-finite gradients in a row before giving up
+    process_group_timeout_minutes: int = 10
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; the schedule scales each group's base rate."""
+
+    learning_rate: float = 3e-3
+    ssm_learning_rate: float = 1e-3  # base rate of state-space parameters (A, dt, D)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    grad_clip: float = 1.0  # 0 turns clipping off
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate factor as a function of tokens seen; fractions are of train.total_tokens."""
+
+    type: str = "wsd"  # wsd | cosine | constant
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2  # wsd only: the final linear decay
+    final_ratio: float = 0.1
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed ZeRO."""
+
+    stage: int = 1
+    offload_optimizer: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's configuration
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_tokens: int = 0  # 0: only at the end and on SIGTERM
+    keep_last: int = 2
+    keep_every_tokens: int = 0  # 0: none beyond keep_last
+
+
+@dataclass
+class ResumeConfig:
+    """`resume=auto` is short for `resume.mode=auto`."""
+
+    mode: str = "auto"  # auto: newest complete checkpoint, else start | must | never
+    reshard: bool = False  # allow another world size or ZeRO stage, via a universal checkpoint
+
+
+@dataclass
+class LoggingConfig:
+    """Console line, metrics.jsonl and TensorBoard share one rhythm."""
+
+    every_steps: int = 10
+    tensorboard: bool = True
+
+
+@dataclass
+class EvalConfig:
+    """A small fixed validation set during training."""
+
+    every_tokens: int = 0  # 0: at the end only
+    documents: int = 8
+    tokens_per_document: int = 4096
+
+
+@dataclass
+class ProfileConfig:
+    """torch.profiler on the chosen optimizer steps, written to RUN/profile."""
+
+    steps: str = ""  # "10:13" records steps 10, 11, 12
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines a run."""
+
+    name: str = "run"
+    out_dir: str = "runs"
+    seed: int = 0
+    world_size: int = 0  # 0: the launcher's; set it to plan a dry run for a cluster
+    dry_run: bool = False
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.out_dir) / self.name
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step; in lanes mode the number of lanes."""
+        return self.train.global_batch_tokens // self.train.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        return -(-self.train.total_tokens // self.train.global_batch_tokens)
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        return self.global_batch_size // (self.train.micro_batch_size * world_size)
+
+
+class ConfigError(ValueError):
+    """All problems of a configuration at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"{len(problems)} problem(s) in the configuration:\n{lines}")
+
+
+def launcher_world_size() -> int:
+    """Processes started by deepspeed, torchrun or srun; 1 for a plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def load_config(arguments: list[str], *, config_dir: Path = CONFIG_DIR) -> RunConfig:
+    """Builds the configuration of a run from `key=value` arguments.
+
+    Raises:
+        ConfigError: with every unknown key (and its closest match), wrong type, missing file and
+            inconsistent value.
+    """
+    problems: list[str] = []
+    picks, overrides = _split_arguments(arguments, problems)
+    schema = OmegaConf.structured(RunConfig)
+
+    experiment: dict[str, Any] = {}
+    if "experiment" in picks:
+        experiment = _read_yaml("experiment", picks.pop("experiment"), config_dir, problems)
+    experiment_picks = experiment.pop("defaults", {})
+    for section in sorted(set(experiment_picks) - set(SECTIONS)):
+        problems.append(f"defaults.{section}: pick one of {', '.join(SECTIONS)}")
+
+    def apply_picks(chosen: dict[str, str]) -> None:
+        for section in SECTIONS:
+            if section in chosen:
+                schema[section] = OmegaConf.structured(RunConfig)[section]
+                content = _read_yaml(section, chosen[section], config_dir, problems)
+                body = {section: content.get(section, {})}
+                _merge(schema, body, f"configs/{section}/{chosen[section]}", problems)
+
+    apply_picks(experiment_picks)
+    _merge(schema, experiment, "the experiment file", problems)
+    apply_picks(picks)
+    for key, value in overrides.items():
+        _set(schema, key, value, "the command line", problems)
+    if problems:
+        raise ConfigError(problems)
+    config = OmegaConf.to_object(schema)
+    assert isinstance(config, RunConfig)
+    found = problems_of(config)
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def load_saved_config(path: Path) -> RunConfig:
+    """Reads what `save_config` wrote.
+
+    Raises:
+        ConfigError: when the file is missing or was written by an incompatible version.
+    """
+    problems: list[str] = []
+    schema = OmegaConf.structured(RunConfig)
+    if not path.is_file():
+        raise ConfigError([f"{path}: no such file; is this a run directory?"])
+    _merge(schema, OmegaConf.to_container(OmegaConf.load(path)), str(path), problems)
+    if problems:
+        raise ConfigError(problems)
+    config = OmegaConf.to_object(schema)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def differences(config: RunConfig, other: RunConfig | None = None) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose value differs: (in `other`, by default the schema's; in `config`)."""
+    ours = _leaves(OmegaConf.to_container(OmegaConf.structured(config)))
+    base = _leaves(OmegaConf.to_container(OmegaConf.structured(other or RunConfig())))
+    return {
+        key: (base.get(key), ours.get(key))
+        for key in sorted({*ours, *base})
+        if ours.get(key) != base.get(key)
+    }
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Inconsistencies that need no data, no model and no process group to be seen."""
+    train, problems = config.train, []
+    choices = {
+        "data.mode": (config.data.mode, ("lanes", "windows")),
+        "data.boundary": (config.data.boundary, ("pad_block", "packed")),
+        "train.precision": (train.precision, ("bf16", "fp32")),
+        "schedule.type": (config.schedule.type, ("wsd", "cosine", "constant")),
+        "zero.stage": (config.zero.stage, (0, 1, 2, 3)),
+        "resume.mode": (config.resume.mode, ("auto", "must", "never")),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            problems.append(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
+    positive = {
+        "train.seq_len": train.seq_len,
+        "train.global_batch_tokens": train.global_batch_tokens,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.total_tokens": train.total_tokens,
+        "train.max_consecutive_skips": train.max_consecutive_skips,
+        "train.process_group_timeout_minutes": train.process_group_timeout_minutes,
+        "optim.learning_rate": config.optim.learning_rate,
+        "optim.ssm_learning_rate": config.optim.ssm_learning_rate,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "logging.every_steps": config.logging.every_steps,
+        "data.prefetch_steps": config.data.prefetch_steps,
+    }
+    problems += [f"{k}={v}: must be greater than 0" for k, v in positive.items() if v <= 0]
+    not_negative = {
+        "world_size": config.world_size,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.grad_clip": config.optim.grad_clip,
+        "checkpoint.every_tokens": config.checkpoint.every_tokens,
+        "checkpoint.keep_every_tokens": config.checkpoint.keep_every_tokens,
+        "eval.every_tokens": config.eval.every_tokens,
+    }
+    problems += [f"{k}={v}: must not be negative" for k, v in not_negative.items() if v < 0]
+    for key in ("warmup_fraction", "decay_fraction", "final_ratio"):
+        value = getattr(config.schedule, key)
+        if not 0 <= value <= 1:
+            problems.append(f"schedule.{key}={value}: must lie between 0 and 1")
+    if config.schedule.warmup_fraction + config.schedule.decay_fraction > 1:
+        problems.append(
+            f"schedule.warmup_fraction + decay_fraction = "
+            f"{config.schedule.warmup_fraction + config.schedule.decay_fraction}: more than the run"
+        )
+    if train.carry_state and config.data.mode == "windows":
+        problems.append(
+            "train.carry_state=true with data.mode=windows: shuffled windows have no predecessor "
+            "whose state could be carried; use data.mode=lanes"
+        )
+    if (config.data.mode == "windows") != (config.data.boundary == "packed"):
+        fitting = "packed" if config.data.mode == "windows" else "pad_block"
+        problems.append(
+            f"data.boundary={config.data.boundary} with data.mode={config.data.mode}: "
+            f"use data.boundary={fitting}"
+        )
+    if not problems:
+        problems += _batch_problems(config)
+    return problems
+
+
+def _batch_problems(config: RunConfig) -> list[str]:
+    launched = launcher_world_size()
+    if config.world_size and not config.dry_run and config.world_size != launched:
+        return [
+            f"world_size={config.world_size}: {launched} process(es) were started; drop the key or "
+            f"start {config.world_size}"
+        ]
+    world_size = config.world_size or launched
+    train = config.train
+    unit = train.seq_len * train.micro_batch_size * world_size
+    if train.global_batch_tokens % unit == 0:
+        return []
+    below = train.global_batch_tokens // unit * unit
+    nearest = " or ".join(str(n) for n in (below, below + unit) if n)
+    return [
+        f"train.global_batch_tokens={train.global_batch_tokens}: not a multiple of "
+        f"seq_len*micro_batch_size*world_size = {train.seq_len}*{train.micro_batch_size}*"
+        f"{world_size} = {unit}; nearest: {nearest}"
+    ]
+
+
+def _split_arguments(
+    arguments: list[str], problems: list[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Separates file picks (`model=bst_tiny`) from overrides (`model.d_model=64`)."""
+    picks: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        if argument.startswith("--local_rank"):  # appended by the deepspeed launcher
+            continue
+        key, separator, text = argument.partition("=")
+        if not separator or not key:
+            problems.append(f"argument '{argument}': write key=value, e.g. train.seq_len=1024")
+        elif key in (*SECTIONS, "experiment"):
+            picks[key] = text
+        elif key == "resume":
+            overrides["resume.mode"] = text
+        else:
+            overrides[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))[
+                "value"
+            ]
+    return picks, overrides
+
+
+def _read_yaml(section: str, pick: str, config_dir: Path, problems: list[str]) -> dict[str, Any]:
+    path = Path(pick) if pick.endswith((".yaml", ".yml")) else config_dir / section / f"{pick}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in (config_dir / section).glob("*.yaml"))
+        close = difflib.get_close_matches(pick, names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(names)}"
+        problems.append(f"{section}={pick}: no file {path}; {hint}")
+        return {}
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # a YAML syntax error, whatever the parser calls it
+        problems.append(f"{section}={pick}: {path} is not valid YAML: {error}")
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"{section}={pick}: {path} must hold a mapping of keys to values")
+        return {}
+    return {str(key): value for key, value in content.items()}
+
+
+def _merge(schema: DictConfig, content: Any, origin: str, problems: list[str]) -> None:
+    for key, value in _leaves(content).items():
+        _set(schema, key, value, origin, problems)
+
+
+def _set(schema: DictConfig, key: str, value: Any, origin: str, problems: list[str]) -> None:
+    """Sets one dotted key, or records in one line why it cannot be set."""
+    known = _known_keys()
+    if not any(key == name or (free and key.startswith(f"{name}.")) for name, free in known):
+        close = difflib.get_close_matches(key, [name for name, _ in known], n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "see pretrain/config.py for the keys"
+        problems.append(f"{key}={value} (from {origin}): unknown key; {hint}")
+        return
+    if key.endswith("_tokens") and isinstance(value, str):
+        parsed = _parse_tokens(value)
+        if parsed is None:
+            problems.append(f"{key}={value} (from {origin}): write 4096, 64K, 1.5M, 10B or 1T")
+            return
+        value = parsed
+    try:
+        OmegaConf.update(schema, key, value, force_add=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        problems.append(f"{key}={value} (from {origin}): {reason}")
+
+
+def _parse_tokens(text: str) -> int | None:
+    number, unit = (text[:-1], TOKEN_UNITS.get(text[-1:].upper())) if text else ("", None)
+    try:
+        return round(float(number) * unit) if unit else int(float(text))
+    except ValueError:
+        return None
+
+
+def _known_keys(cls: type = RunConfig, prefix: str = "") -> list[tuple[str, bool]]:
+    """Every dotted leaf key of the schema, and whether free keys may hang below it."""
+    keys: list[tuple[str, bool]] = []
+    for item in fields(cls):
+        name = f"{prefix}{item.name}"
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            keys += _known_keys(item.type, f"{name}.")
+        else:
+            keys.append((name, str(item.type).startswith("dict")))
+    return keys
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings to dotted keys; lists and empty mappings are leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            leaves.update(_leaves(value, f"{name}."))
+        else:
+            leaves[name] = value
+    return leaves
