@@ -1,0 +1,77 @@
+"""The evaluated documents: token ids, and the text bytes behind each token.
+
+A document's last token is EOS; BOS is added by the scorer. Bytes are those of the decoded tokens:
+with a lossless tokenizer they are the original text's, and `lossless` says whether they are. Tokens
+without bytes (EOS) are left out of bits per byte in both sums, numerator and denominator.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class EvalDocuments:
+    """What the suite needs to know of a corpus split.
+
+    Attributes:
+        tokens: per document (n,) integer ids, EOS included; views of memory-mapped shards are fine.
+        token_bytes: the text bytes of every id, empty for specials.
+        bos_id: id put in front of a document.
+        fingerprint: identity of the tokenized data.
+        tokenizer_sha256: identity of the tokenizer.
+        raw_bytes: bytes of each document's original text.
+        source: where it came from, JSON-able: path, split and the like.
+    """
+
+    tokens: Sequence[np.ndarray]
+    token_bytes: list[bytes]
+    bos_id: int
+    fingerprint: str
+    tokenizer_sha256: str
+    raw_bytes: Sequence[int]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(tokens) for tokens in self.tokens]
+
+    def byte_lengths(self) -> np.ndarray:
+        """(V,) int64 text bytes of each id; 0 for specials."""
+        return np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
+
+    def slice(self, doc: int, start: int, stop: int) -> np.ndarray:
+        """Ids [start, stop) of a document as int64, where index -1 is BOS."""
+        ids = np.asarray(self.tokens[doc][max(start, 0) : stop], dtype=np.int64)
+        return np.concatenate([[self.bos_id], ids]) if start < 0 else ids
+
+    def text(self, doc: int) -> bytes:
+        """The document's text, decoded from its tokens."""
+        return decode(self.tokens[doc], self.token_bytes)
+
+    def text_sha256(self) -> str:
+        """Identity of the text whatever the tokenizer, for bits-per-byte comparisons."""
+        digest = hashlib.sha256()
+        for doc in range(len(self.tokens)):
+            digest.update(hashlib.sha256(self.text(doc)).digest())
+        return digest.hexdigest()
+
+    def lossless(self) -> bool:
+        """Whether every document's decoded bytes are as many as its original bytes."""
+        lengths = self.byte_lengths()
+        return all(
+            int(lengths[np.asarray(ids)].sum()) == raw
+            for ids, raw in zip(self.tokens, self.raw_bytes, strict=True)
+        )
+
+
+def decode(ids: np.ndarray, token_bytes: list[bytes]) -> bytes:
+    """The bytes of a token sequence."""
+    return b"".join([token_bytes[i] for i in np.asarray(ids).tolist()])

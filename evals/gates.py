@@ -1,0 +1,234 @@
+"""Validity gates: what must hold before any number of a model is believed.
+
+A leak of the future, a kernel that depends on the length, a state that is not reset or a pass that
+scores a token twice all show up as a *better* perplexity. So these run on the real model and on
+real documents, before and after scoring, and a failed one means that no report is written.
+
+    future_perturbation    other tokens after i move nothing at or before i (equal shapes)
+    prefix_consistency     a prefix alone scores like the same prefix inside a longer input
+    step_equals_parallel   any split with the state handed on scores like one forward
+    document_isolation     a document scores the same alone, after and beside other documents
+    coverage               every (document, position) asked for was scored once, finite and >= 0
+    unchanged_model        evaluation changed no weight and no buffer
+
+Bounds are maximal differences of one token's NLL in nats. fp32: 1e-4 on losses around 10, an order
+above what summing in another order does and two below any leak that would matter. The same for
+future perturbation: causal sums over equal shapes are bit-equal, convolutions by FFT are not. bf16:
+0.1, a few units in the last place of a logit around 10, and a mean difference of at most 0.01.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.documents import EvalDocuments
+from evals.protocols import Pass, scored_positions
+from evals.score import ScoredModel
+from evals.store import TokenTable
+
+BOUNDS = {"fp32": (1e-4, 1e-4), "bf16": (0.1, 0.01)}
+"""precision -> (largest, mean) difference of a token's NLL in nats."""
+
+MAX_GATE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate's outcome.
+
+    Attributes:
+        name: the gate.
+        passed: whether value <= bound.
+        value: the worst difference seen (nats), or a count of violations.
+        bound: what was allowed.
+        detail: where the worst was seen.
+    """
+
+    name: str
+    passed: bool
+    value: float
+    bound: float
+    detail: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class GateFailure(Exception):
+    """A gate did not hold; the evaluation is void and nothing is reported."""
+
+    def __init__(self, failed: Sequence[GateResult]) -> None:
+        self.failed = list(failed)
+        lines = [
+            f"gate {gate.name} failed: {gate.value:.3g} > {gate.bound:.3g} ({gate.detail})"
+            for gate in failed
+        ]
+        super().__init__("\n".join([*lines, "no report was written"]))
+
+
+def check_model(
+    model: ScoredModel, documents: EvalDocuments, max_tokens: int, seed: int = 0
+) -> list[GateResult]:
+    """Runs the gates that need a model, on the two longest documents.
+
+    Args:
+        model: the model.
+        documents: at least one of two tokens; with one document, isolation uses its two halves.
+        max_tokens: the longest input tried, capped at `MAX_GATE_TOKENS`.
+        seed: of the perturbed positions and replacement tokens.
+    """
+    with torch.inference_mode():
+        tokens_a, tokens_b = _two_inputs(documents, min(max_tokens, MAX_GATE_TOKENS))
+        first, second = (torch.from_numpy(t)[None].to(model.device) for t in (tokens_a, tokens_b))
+        alone = _nll(model, first)
+        return [
+            _future_perturbation(model, first, np.random.default_rng(seed)),
+            _prefix_consistency(model, first, alone),
+            _step_equals_parallel(model, first, alone),
+            _document_isolation(model, first, second, alone),
+        ]
+
+
+def check_coverage(scoring: Pass, table: TokenTable) -> GateResult:
+    """Compares the store of a pass with what its items ask for."""
+    docs, positions = scored_positions(scoring.items)
+    asked = np.stack([docs, positions])
+    scored = np.stack([table.doc.astype(np.int64), table.position.astype(np.int64)])
+    unique = np.unique(asked, axis=1).shape[1]
+    wrong = abs(asked.shape[1] - scored.shape[1]) + (asked.shape[1] - unique)
+    if asked.shape == scored.shape:
+        wrong += int((asked != scored).any(axis=0).sum())
+    wrong += int((~np.isfinite(table.nll) | (table.nll < 0)).sum())
+    return GateResult(
+        "coverage", wrong == 0, float(wrong), 0.0, f"{scoring.name}: {asked.shape[1]} tokens asked"
+    )
+
+
+def check_unchanged(before: str, after: str) -> GateResult:
+    """Compares the model's fingerprint before the gates with the one after the last pass."""
+    changed = before != after
+    return GateResult(
+        "unchanged_model", not changed, float(changed), 0.0, f"{before[:12]} -> {after[:12]}"
+    )
+
+
+def require(gates: Sequence[GateResult]) -> None:
+    """Raises:
+    GateFailure: any of them failed.
+    """
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        raise GateFailure(failed)
+
+
+def _two_inputs(documents: EvalDocuments, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two inputs of equal length with different content."""
+    order = np.argsort(documents.lengths)[::-1]
+    if len(order) > 1:
+        n = min(documents.lengths[order[1]], max_tokens)
+        a, b = (documents.slice(int(doc), -1, n) for doc in order[:2])
+    else:
+        n = min(documents.lengths[order[0]] // 2, max_tokens)
+        a = documents.slice(0, -1, n)
+        b = np.concatenate([a[:1], documents.slice(0, n, 2 * n)])
+    if n < 4:
+        raise ValueError(f"documents: the longest has {n} tokens; the gates need at least 4")
+    return a, b
+
+
+def _nll(model: ScoredModel, tokens: Tensor, state: Any = None) -> Tensor:
+    return model.nll(tokens, state)[0].double()
+
+
+def _cuts(n: int, grid: int) -> list[int]:
+    """Odd places in (0, n), some beside the edges of the model's grid."""
+    middle = n // 2 // grid * grid
+    wanted = [n // 7, middle - 1, middle, middle + 1, 3 * n // 4 | 1, n - 1]
+    return sorted({cut for cut in wanted if 0 < cut < n})
+
+
+def _result(
+    name: str, model: ScoredModel, compare: Callable[[int], Tensor], places: Sequence[int]
+) -> GateResult:
+    """Worst of several differences against the bounds of the model's precision.
+
+    Args:
+        name: the gate.
+        model: gives the precision.
+        compare: absolute differences in nats for a place.
+        places: where to look.
+    """
+    bound, mean_bound = BOUNDS[model.precision]
+    worst, worst_mean, where = -1.0, 0.0, 0
+    for place in places:
+        difference = torch.nan_to_num(compare(place), nan=float("inf"))
+        if float(difference.max()) > worst:
+            worst, where = float(difference.max()), place
+        worst_mean = max(worst_mean, float(difference.mean()))
+    return GateResult(
+        name,
+        worst <= bound and worst_mean <= mean_bound,
+        worst,
+        bound,
+        f"largest at cut {where} of {len(places)}; largest mean {worst_mean:.2g} nat",
+    )
+
+
+def _future_perturbation(
+    model: ScoredModel, tokens: Tensor, rng: np.random.Generator
+) -> GateResult:
+    n = tokens.shape[1] - 1
+    baseline = _nll(model, tokens)
+
+    def compare(cut: int) -> Tensor:
+        changed = tokens.clone()
+        noise = rng.integers(1, model.vocab_size, size=n - cut)
+        # Adding 1 .. V-1 modulo V changes every token after the cut for certain.
+        changed[0, cut + 1 :] += torch.from_numpy(noise).to(tokens.device)
+        changed[0, cut + 1 :] %= model.vocab_size
+        return (_nll(model, changed) - baseline)[:, :cut].abs()
+
+    return _result("future_perturbation", model, compare, _cuts(n, model.reset_grid))
+
+
+def _prefix_consistency(model: ScoredModel, tokens: Tensor, whole: Tensor) -> GateResult:
+    def compare(cut: int) -> Tensor:
+        return (_nll(model, tokens[:, : cut + 1]) - whole[:, :cut]).abs()
+
+    n = tokens.shape[1] - 1
+    return _result("prefix_consistency", model, compare, _cuts(n, model.reset_grid))
+
+
+def _step_equals_parallel(model: ScoredModel, tokens: Tensor, whole: Tensor) -> GateResult:
+    """At each cut: a prefix, up to four single tokens, and the rest, with the state handed on."""
+    n = tokens.shape[1] - 1
+
+    def compare(cut: int) -> Tensor:
+        edges = [0, *range(cut, min(cut + 5, n)), n]
+        parts, state = [], None
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            part, state = model.nll(tokens[:, start : stop + 1], state)
+            parts.append(part.double())
+        return (torch.cat(parts, dim=1) - whole).abs()
+
+    return _result("step_equals_parallel", model, compare, _cuts(n, model.reset_grid)[:4])
+
+
+def _document_isolation(
+    model: ScoredModel, first: Tensor, second: Tensor, alone: Tensor
+) -> GateResult:
+    """The first document again, after the second one (0), and beside it in a batch (1, 2)."""
+
+    def compare(case: int) -> Tensor:
+        if case == 0:
+            _nll(model, second)
+            return (_nll(model, first) - alone).abs()
+        pair = [first, second] if case == 1 else [second, first]
+        together = _nll(model, torch.cat(pair))
+        return (together[case - 1 : case] - alone).abs()
+
+    return _result("document_isolation", model, compare, [0, 1, 2])

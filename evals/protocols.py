@@ -1,0 +1,234 @@
+"""Which tokens are scored with which context: pure index generators, no torch and no model.
+
+"Perplexity at context length C" has several incompatible definitions, so each one has an id here
+that stands beside every number:
+
+    fixed(T)       the same target spans of T tokens for every C, each preceded by exactly C tokens
+                   of its own document and scored in one forward. The headline: only the context
+                   varies, so l(C) is paired token by token.
+    position       one forward from the start of each document; l(i) by position i.
+    stream         the state is carried through the document in segments; every token once.
+    nonoverlap(L)  windows of L tokens, each seeing only itself. Half of the tokens see fewer than
+                   L/2: it measures stability more than use of context.
+
+Coordinates: token i of a document has index i = 0 .. n-1, the last one being EOS; index -1 is the
+BOS that the scorer puts in front. An item feeds tokens [start, stop-1) and has the targets
+[start+1, stop), of which [score_from, stop) count.
+
+Surprising: a forward that starts exactly C tokens before a span puts the span at phase C mod W of
+a block model's grid, whatever its place in the document. For multiples of W that is phase 0, where
+a block model's attention reaches least far, the same for every C; `stream` averages over phases.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_GOLDEN = 0.6180339887498949
+
+
+class WorkItem(NamedTuple):
+    """One forward of one lane.
+
+    Attributes:
+        doc: index into the evaluated documents.
+        start: first input token; -1 is BOS.
+        stop: one past the last target.
+        score_from: first target that counts.
+        carry: continue from the state that this document's previous item left.
+    """
+
+    doc: int
+    start: int
+    stop: int
+    score_from: int
+    carry: bool = False
+
+    def context(self) -> np.ndarray:
+        """(n_scored,) int64: real tokens of the own document each scored target can see."""
+        first_visible = 0 if self.carry else max(self.start, 0)
+        return np.arange(self.score_from, self.stop, dtype=np.int64) - first_visible
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A protocol at one setting: what one file of the token store holds.
+
+    Attributes:
+        name: file name of the store, without suffix.
+        protocol: the protocol id.
+        context: C for `fixed`, L for `nonoverlap`, else None.
+        settings: everything that defines the pass, JSON-able.
+        items: in document order; the items of one document that carry state are consecutive.
+    """
+
+    name: str
+    protocol: str
+    context: int | None
+    settings: dict[str, Any]
+    items: tuple[WorkItem, ...]
+
+
+def default_span_tokens(contexts: Sequence[int]) -> int:
+    """64, and at most a quarter of the smallest context: a long span blurs small contexts."""
+    return max(1, min(64, min(contexts) // 4))
+
+
+def fixed_spans(
+    lengths: Sequence[int],
+    max_context: int,
+    span_tokens: int,
+    spans_per_document: int,
+    phase_grid: int = 512,
+) -> list[tuple[int, int]]:
+    """Target spans (doc, first token), the same ones for every context.
+
+    Each long enough document is cut into `spans_per_document` equal stretches behind its first
+    `max_context` tokens, one span in each; the starts walk over the phases of `phase_grid` by the
+    golden ratio, which is even over every block size at once. EOS is never in a span.
+
+    Args:
+        lengths: tokens per document, EOS included.
+        max_context: the largest context; every span has that many tokens before it.
+        span_tokens: T.
+        spans_per_document: at most this many spans; fewer where they would overlap.
+        phase_grid: tokens over which the starts are spread.
+    """
+    spans = []
+    for doc, length in enumerate(lengths):
+        room = (length - 1) - max_context
+        count = min(spans_per_document, room // span_tokens)
+        for k in range(count):
+            low = max_context + room * k // count
+            high = max_context + room * (k + 1) // count - span_tokens
+            phase = int(phase_grid * (len(spans) * _GOLDEN % 1.0))
+            start = low + (phase - low) % phase_grid
+            if start > high:
+                start = low + (phase - low) % phase_grid % (high - low + 1)
+            spans.append((doc, start))
+    return spans
+
+
+def fixed(
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    span_tokens: int | None = None,
+    spans_per_document: int = 4,
+    phase_grid: int = 512,
+) -> Iterator[Pass]:
+    """One pass per context over one set of spans.
+
+    Raises:
+        ValueError: T is above a quarter of the smallest context, or no document is long enough.
+    """
+    contexts = sorted(set(contexts))
+    limit = default_span_tokens(contexts)
+    span_tokens = limit if span_tokens is None else span_tokens
+    if not 1 <= span_tokens <= max(1, contexts[0] // 4):
+        raise ValueError(
+            f"span_tokens={span_tokens} is not between 1 and a quarter of the smallest context "
+            f"({contexts[0]}): longer spans blur small contexts; use span_tokens={limit}"
+        )
+    spans = fixed_spans(lengths, contexts[-1], span_tokens, spans_per_document, phase_grid)
+    if not spans:
+        raise ValueError(
+            f"contexts={contexts[-1]} leaves no target: the longest of {len(lengths)} documents "
+            f"has {max(lengths, default=0)} tokens and {contexts[-1] + span_tokens + 1} are "
+            f"needed; choose a smaller largest context"
+        )
+    for context in contexts:
+        yield Pass(
+            name=f"fixed-{span_tokens}-C{context:08d}",
+            protocol=f"fixed({span_tokens})",
+            context=context,
+            settings={
+                "span_tokens": span_tokens,
+                "spans_per_document": spans_per_document,
+                "phase_grid": phase_grid,
+                "max_context": contexts[-1],
+            },
+            items=tuple(
+                WorkItem(doc, start - context, start + span_tokens, start) for doc, start in spans
+            ),
+        )
+
+
+def position(lengths: Sequence[int], max_tokens: int) -> Iterator[Pass]:
+    """One forward over the first `max_tokens` tokens of each document, BOS in front."""
+    yield Pass(
+        name=f"position-{max_tokens}",
+        protocol="position",
+        context=None,
+        settings={"max_tokens": max_tokens},
+        items=tuple(
+            WorkItem(doc, -1, min(n, max_tokens), 0) for doc, n in enumerate(lengths) if n
+        ),
+    )
+
+
+def stream(
+    lengths: Sequence[int], segment_tokens: int = 2048, tokens_per_document: int | None = None
+) -> Iterator[Pass]:
+    """The whole document, or its first tokens, in segments with the state handed on."""
+    items = []
+    for doc, n in enumerate(lengths):
+        end = n if tokens_per_document is None else min(n, tokens_per_document)
+        for first in range(0, end, segment_tokens):
+            stop = min(first + segment_tokens, end)
+            items.append(WorkItem(doc, first - 1, stop, first, carry=first > 0))
+    yield Pass(
+        name=f"stream-{tokens_per_document or 'all'}",
+        protocol="stream",
+        context=None,
+        settings={"segment_tokens": segment_tokens, "tokens_per_document": tokens_per_document},
+        items=tuple(items),
+    )
+
+
+def nonoverlap(
+    lengths: Sequence[int], window_tokens: int, tokens_per_document: int | None = None
+) -> Iterator[Pass]:
+    """Windows of L targets; each later window's only context is the one token before it.
+
+    The first window of a document begins with BOS, as lm-evaluation-harness does it. The tail of a
+    document is a shorter window: nothing is dropped.
+    """
+    items = []
+    for doc, n in enumerate(lengths):
+        end = n if tokens_per_document is None else min(n, tokens_per_document)
+        for first in range(0, end, window_tokens):
+            items.append(WorkItem(doc, first - 1, min(first + window_tokens, end), first))
+    yield Pass(
+        name=f"nonoverlap-{window_tokens}-{tokens_per_document or 'all'}",
+        protocol=f"nonoverlap({window_tokens})",
+        context=window_tokens,
+        settings={"window_tokens": window_tokens, "tokens_per_document": tokens_per_document},
+        items=tuple(items),
+    )
+
+
+def scored_positions(items: Sequence[WorkItem]) -> tuple[np.ndarray, np.ndarray]:
+    """(doc, position) of every scored token, sorted: what a complete store must hold.
+
+    Returns:
+        Two (n_scored,) int64 arrays. A pair that occurs twice was asked for twice.
+    """
+    if not items:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    docs = np.repeat([item.doc for item in items], [i.stop - i.score_from for i in items])
+    positions = np.concatenate([np.arange(item.score_from, item.stop) for item in items])
+    order = np.lexsort((positions, docs))
+    return docs[order].astype(np.int64), positions[order].astype(np.int64)
+
+
+def log_buckets(max_tokens: int, per_octave: int = 1) -> np.ndarray:
+    """Ascending bucket edges 0, 1, 2, 4, .. `max_tokens`, log-spaced.
+
+    Returns:
+        (n_buckets + 1,) int64; bucket b holds positions edges[b] <= i < edges[b+1].
+    """
+    octaves = np.arange(0, per_octave * np.ceil(np.log2(max(max_tokens, 2))) + 1) / per_octave
+    edges = np.unique(np.concatenate([[0], np.round(2.0**octaves), [max_tokens]]).astype(np.int64))
+    return edges[edges <= max_tokens]

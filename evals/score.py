@@ -1,0 +1,219 @@
+"""Runs a model over documents: the only code here that does.
+
+Shapes: B lanes of a batch, L inputs of a lane, S scored targets at its end.
+
+A model is whatever offers `ScoredModel`; `evals.models` adapts ours. Batches hold
+items of one shape, so nothing is ever padded. Documents whose state is carried walk side by side as
+lanes of one batch and drop out where they end.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evals.documents import EvalDocuments
+from evals.protocols import Pass, WorkItem
+from evals.store import TokenTable, pass_identity
+from pretrain.mixers.base import cat_states, index_state
+
+
+class ScoredModel(Protocol):
+    """What can be evaluated.
+
+    Attributes:
+        vocab_size: ids are below it.
+        reset_grid: documents of one batch may only begin on its multiples; 1 is anywhere.
+        precision: "fp32" or "bf16", the arithmetic of the forward; it sets the gates' bounds.
+        device: where tokens are sent.
+    """
+
+    vocab_size: int
+    reset_grid: int
+    precision: str
+    device: torch.device
+
+    def nll(self, tokens: Tensor, state: Any = None, *, score_from: int = 0) -> tuple[Tensor, Any]:
+        """Negative log-likelihoods in nats of the targets tokens[:, 1 + score_from :].
+
+        Args:
+            tokens: (B, L + 1) int64; tokens[:, :-1] are the inputs.
+            state: what the previous call returned; None at the start of a document.
+            score_from: index of the first target that counts.
+
+        Returns:
+            (B, L - score_from) float32, and the state after the last input.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 of all weights and buffers; equal before and after an evaluation."""
+        ...
+
+
+def model_identity(model: ScoredModel) -> str:
+    """Weights, buffers and arithmetic: what the model contributes to a pass's identity."""
+    return f"{model.fingerprint()}:{model.precision}"
+
+
+def score(
+    model: ScoredModel,
+    documents: EvalDocuments,
+    scoring: Pass,
+    *,
+    batch_tokens: int = 16_384,
+    progress: bool = True,
+    identity: str | None = None,
+) -> TokenTable:
+    """Scores every item of a pass.
+
+    Args:
+        model: the model.
+        documents: the items index into these.
+        scoring: the pass.
+        batch_tokens: inputs per forward; a longer item runs alone.
+        progress: show a bar on stderr, in tokens.
+        identity: of the result, when the caller has it already.
+
+    Raises:
+        ValueError: the documents' vocabulary is larger than the model's.
+    """
+    if documents.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"vocab_size={model.vocab_size} of the model is below the tokenizer's "
+            f"{documents.vocab_size}; evaluate with the tokenizer the model was trained with"
+        )
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    began = time.perf_counter()
+    n_inputs = sum(item.stop - item.start - 1 for item in scoring.items)
+    rows: list[tuple[WorkItem, np.ndarray]] = []
+    bar = tqdm(
+        total=n_inputs, desc=scoring.name, unit="tok", unit_scale=True, disable=not progress
+    )
+    with torch.inference_mode(), bar:
+        for chains in _batches(_chains(scoring.items), batch_tokens):
+            rows += _run_batch(model, documents, chains, bar)
+    seconds = time.perf_counter() - began
+    meta = {
+        "identity": identity
+        or pass_identity(scoring, model_identity(model), documents.fingerprint),
+        "pass": scoring.name,
+        "protocol": scoring.protocol,
+        "context": scoring.context,
+        "settings": scoring.settings,
+        "n_docs": len(documents.tokens),
+        "cost": {
+            "input_tokens": n_inputs,
+            "seconds": seconds,
+            "tokens_per_second": n_inputs / max(seconds, 1e-9),
+            "peak_memory_bytes": _peak_memory(model.device),
+            "peak_memory_of": "pass" if cuda else "process",
+        },
+    }
+    return _table(rows, documents, meta)
+
+
+Chain = list[WorkItem]
+
+
+def _chains(items: Sequence[WorkItem]) -> list[Chain]:
+    """Items joined by a carried state, longest chain first; single items are chains of one."""
+    chains: list[Chain] = []
+    for item in items:
+        if item.carry:
+            assert chains and chains[-1][-1].doc == item.doc, "carry without a predecessor"
+            assert chains[-1][-1].stop == item.start + 1, "carry over a gap"
+            chains[-1].append(item)
+        else:
+            chains.append([item])
+    return sorted(chains, key=lambda chain: (_shape(chain[0]), len(chain), chain[-1].stop))[::-1]
+
+
+def _shape(item: WorkItem) -> tuple[int, int]:
+    return item.stop - item.start - 1, item.score_from - item.start - 1
+
+
+def _batches(chains: list[Chain], batch_tokens: int) -> list[list[Chain]]:
+    """Runs of chains whose first items have one shape, `batch_tokens` inputs at most."""
+    batches: list[list[Chain]] = []
+    for chain in chains:
+        shape = _shape(chain[0])
+        lanes = max(1, batch_tokens // shape[0])
+        if batches and len(batches[-1]) < lanes and _shape(batches[-1][0][0]) == shape:
+            batches[-1].append(chain)
+        else:
+            batches.append([chain])
+    return batches
+
+
+def _run_batch(
+    model: ScoredModel, documents: EvalDocuments, chains: list[Chain], bar: tqdm
+) -> list[tuple[WorkItem, np.ndarray]]:
+    """Walks a batch of chains side by side. Lanes that end drop out; odd tails run on their own."""
+    rows = []
+    lanes, state = list(range(len(chains))), None
+    for step in range(max(len(chain) for chain in chains)):
+        kept_lanes: list[int] = []
+        kept_states: list[Any] = []
+        for shape in sorted({_shape(chains[lane][step]) for lane in lanes}, reverse=True):
+            at = [k for k, lane in enumerate(lanes) if _shape(chains[lane][step]) == shape]
+            items = [chains[lanes[k]][step] for k in at]
+            tokens = torch.from_numpy(
+                np.stack([documents.slice(item.doc, item.start, item.stop) for item in items])
+            ).to(model.device)
+            index = torch.tensor(at, device=model.device)
+            nll, after = model.nll(
+                tokens,
+                state if len(at) == len(lanes) else index_state(state, index),
+                score_from=shape[1],
+            )
+            rows += list(zip(items, nll.float().cpu().numpy(), strict=True))
+            bar.update(len(items) * shape[0])
+            going = [j for j, k in enumerate(at) if step + 1 < len(chains[lanes[k]])]
+            if going:
+                kept_lanes += [lanes[at[j]] for j in going]
+                index = torch.tensor(going, device=model.device)
+                kept_states.append(
+                    after if len(going) == len(at) else index_state(after, index)
+                )
+        lanes = kept_lanes
+        if not lanes:
+            break
+        state = kept_states[0] if len(kept_states) == 1 else cat_states(kept_states)
+    return rows
+
+
+def _table(
+    rows: list[tuple[WorkItem, np.ndarray]], documents: EvalDocuments, meta: dict[str, Any]
+) -> TokenTable:
+    rows.sort(key=lambda row: (row[0].doc, row[0].score_from, row[0].start))
+    doc = np.concatenate([np.full(len(nll), item.doc, np.int32) for item, nll in rows])
+    position = np.concatenate(
+        [np.arange(item.score_from, item.stop, dtype=np.int32) for item, _ in rows]
+    )
+    context = np.concatenate([item.context().astype(np.int32) for item, _ in rows])
+    byte_lengths = documents.byte_lengths()
+    n_bytes = np.concatenate(
+        [
+            byte_lengths[np.asarray(documents.tokens[item.doc][item.score_from : item.stop])]
+            for item, _ in rows
+        ]
+    ).astype(np.uint16)
+    nll = np.concatenate([nll for _, nll in rows]).astype(np.float32)
+    return TokenTable(doc, position, context, nll, n_bytes, meta)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the accelerator's peak since the pass began, or the process's resident peak so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

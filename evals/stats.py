@@ -1,0 +1,152 @@
+"""Statistics with the document as the unit: ratio estimates, intervals, paired differences, bands.
+
+For documents d with sums S_d (nats or bits) and weights N_d (tokens or bytes):
+
+    r  = sum S_d / sum N_d
+    se = sqrt( n/(n-1) sum (S_d - r N_d)^2 ) / sum N_d          (linearised, clustered by document)
+
+and r +- t_{n-1} se. Tokens of one document are far from independent: error bars that treat them so
+covered the truth 4.7 % of the time in simulation where these cover about 95 %. Two models on the
+same documents are compared through D_d = S_A,d - S_B,d, which removes the documents' own spread.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student_t
+
+LOW_DOCUMENTS = 20
+"""Below this many documents an interval is printed but marked `n_docs_low`."""
+
+DEFAULT_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio with its document-clustered uncertainty. Intervals are None with one document."""
+
+    value: float
+    se: float | None
+    ci95: tuple[float, float] | None
+    n_docs: int
+    n_tokens: int
+    n_docs_low: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        record = asdict(self)
+        record["ci95"] = list(self.ci95) if self.ci95 else None
+        return record
+
+    def excludes_zero(self) -> bool:
+        return self.ci95 is not None and (self.ci95[0] > 0 or self.ci95[1] < 0)
+
+
+def ratio(sums: np.ndarray, weights: np.ndarray, n_tokens: int | None = None) -> Estimate:
+    """Estimates sum(sums) / sum(weights).
+
+    Args:
+        sums: (n_docs,) numerator per document.
+        weights: (n_docs,) denominator per document; documents with weight 0 are left out.
+        n_tokens: tokens behind the estimate; the weights' sum when they are tokens.
+
+    Raises:
+        ValueError: no document has any weight.
+    """
+    sums, weights = np.asarray(sums, np.float64), np.asarray(weights, np.float64)
+    keep = weights > 0
+    sums, weights = sums[keep], weights[keep]
+    n, total = len(sums), weights.sum()
+    if n == 0:
+        raise ValueError("n_docs=0: nothing was scored; check the document filter and contexts")
+    value = sums.sum() / total
+    se, ci95 = None, None
+    if n > 1:
+        se = float(_clustered_se(sums, weights))
+        half = float(student_t.ppf(0.975, n - 1)) * se
+        ci95 = (float(value - half), float(value + half))
+    return Estimate(
+        value=float(value),
+        se=se,
+        ci95=ci95,
+        n_docs=n,
+        n_tokens=int(total if n_tokens is None else n_tokens),
+        n_docs_low=n < LOW_DOCUMENTS,
+    )
+
+
+def paired(
+    sums_a: np.ndarray, sums_b: np.ndarray, weights: np.ndarray, n_tokens: int | None = None
+) -> Estimate:
+    """Estimates the difference of two ratios over the same documents, a minus b."""
+    return ratio(np.asarray(sums_a) - np.asarray(sums_b), weights, n_tokens)
+
+
+def bootstrap(
+    sums: np.ndarray, weights: np.ndarray, draws: int = DEFAULT_DRAWS, seed: int = 0
+) -> np.ndarray:
+    """Ratios of `draws` resamplings of whole documents.
+
+    Args:
+        sums: (n_docs,) or (n_docs, k): k quantities resampled together.
+        weights: the same shape.
+        draws: number of resamplings.
+        seed: of numpy's generator; the same seed gives the same draws.
+
+    Returns:
+        (draws,) or (draws, k).
+    """
+    n = len(sums)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=draws)
+    return (counts @ np.asarray(sums, np.float64)) / (counts @ np.asarray(weights, np.float64))
+
+
+def bootstrap_interval(
+    sums: np.ndarray, weights: np.ndarray, draws: int = DEFAULT_DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile 95 % interval of one ratio."""
+    low, high = np.quantile(bootstrap(sums, weights, draws, seed), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def simultaneous_band(
+    sums: np.ndarray, weights: np.ndarray, draws: int = DEFAULT_DRAWS, seed: int = 0
+) -> np.ndarray:
+    """A band that holds all k ratios at once with 95 %, by the bootstrap of max |t|.
+
+    "Degrades beyond L" looks at many lengths; k separate 95 % intervals would find a false one far
+    too often. The critical value is at least the t quantile of a single interval.
+
+    Args:
+        sums: (n_docs, k); weights likewise, positive.
+        weights: (n_docs, k).
+        draws: number of resamplings.
+        seed: of the resampling.
+
+    Returns:
+        (k, 2) lower and upper edges.
+    """
+    sums, weights = np.asarray(sums, np.float64), np.asarray(weights, np.float64)
+    n = len(sums)
+    values = sums.sum(0) / weights.sum(0)
+    if n < 2:
+        return np.stack([np.full_like(values, np.nan)] * 2, axis=1)
+    se = _clustered_se(sums, weights)
+    deviation = np.abs(bootstrap(sums, weights, draws, seed) - values)
+    largest_t = (deviation / np.where(se > 0, se, np.inf)).max(axis=1)
+    # A resampled ratio spreads with the se of n documents, not n-1 degrees of freedom: widen by
+    # what Student's quantile adds to the normal one.
+    widen = student_t.ppf(0.975, n - 1) / 1.959964
+    critical = max(float(np.quantile(largest_t, 0.95)) * widen, student_t.ppf(0.975, n - 1))
+    return np.stack([values - critical * se, values + critical * se], axis=1)
+
+
+def per_document(doc: np.ndarray, values: np.ndarray, n_docs: int) -> np.ndarray:
+    """(n_docs,) fp64 sums of per-token values."""
+    return np.bincount(doc, weights=np.asarray(values, np.float64), minlength=n_docs)
+
+
+def _clustered_se(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    n, total = len(sums), weights.sum(0)
+    residual = sums - (sums.sum(0) / total) * weights
+    return np.sqrt(n / (n - 1) * (residual**2).sum(0)) / total

@@ -1,0 +1,141 @@
+"""The token store: one npz per pass, one row per scored token. Every metric is rebuilt from it.
+
+A file carries the identity of what produced it (weights, data, pass), so a finished pass is found
+again after an interruption and a stale one is never mistaken for it. Rows are sorted by (doc,
+position): batch size and order of work leave no trace.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals.protocols import Pass, WorkItem
+from evals.stats import per_document
+
+STORE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Scored tokens; all arrays (n_scored,), sorted by (doc, position).
+
+    Attributes:
+        doc: int32 index into the evaluated documents.
+        position: int32 index of the token in its document.
+        context: int32 real tokens of the own document the model could see.
+        nll: float32 nats.
+        n_bytes: uint16 text bytes of the token, 0 for specials.
+        meta: pass, identity and cost.
+    """
+
+    doc: np.ndarray
+    position: np.ndarray
+    context: np.ndarray
+    nll: np.ndarray
+    n_bytes: np.ndarray
+    meta: dict[str, Any]
+
+    def select(self, rows: np.ndarray) -> "TokenTable":
+        """The rows a mask or index array picks."""
+        return TokenTable(
+            self.doc[rows],
+            self.position[rows],
+            self.context[rows],
+            self.nll[rows],
+            self.n_bytes[rows],
+            self.meta,
+        )
+
+    def nats_and_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per document (n_docs,): summed NLL in nats, scored tokens; specials included."""
+        n_docs = self._n_docs()
+        return (
+            per_document(self.doc, self.nll, n_docs),
+            per_document(self.doc, np.ones(len(self.doc)), n_docs),
+        )
+
+    def bits_and_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per document (n_docs,): bits and bytes of the tokens that have bytes."""
+        n_docs = self._n_docs()
+        bits = np.where(self.n_bytes > 0, self.nll, 0.0) / np.log(2.0)
+        return per_document(self.doc, bits, n_docs), per_document(self.doc, self.n_bytes, n_docs)
+
+    def same_tokens(self, other: "TokenTable") -> bool:
+        """Whether both hold the same targets of the same documents, with the same bytes."""
+        return all(
+            np.array_equal(a, b)
+            for a, b in (
+                (self.doc, other.doc),
+                (self.position, other.position),
+                (self.n_bytes, other.n_bytes),
+            )
+        )
+
+    def _n_docs(self) -> int:
+        return int(self.meta["n_docs"])
+
+    def save(self, path: Path) -> None:
+        """Writes the table atomically: a reader sees the old file or the whole new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(
+                file,
+                doc=self.doc,
+                position=self.position,
+                context=self.context,
+                nll=self.nll,
+                n_bytes=self.n_bytes,
+                meta=np.array(json.dumps(self.meta, sort_keys=True)),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "TokenTable":
+        with np.load(path) as arrays:
+            meta = json.loads(str(arrays["meta"]))
+            return cls(
+                arrays["doc"],
+                arrays["position"],
+                arrays["context"],
+                arrays["nll"],
+                arrays["n_bytes"],
+                meta,
+            )
+
+    @classmethod
+    def load_if_same(cls, path: Path, identity: str) -> "TokenTable | None":
+        """The table when `path` was written for `identity`; None when absent, older or broken."""
+        if not path.exists():
+            return None
+        try:
+            table = cls.load(path)
+        except (ValueError, OSError, KeyError, EOFError):
+            return None
+        return table if table.meta.get("identity") == identity else None
+
+
+def pass_identity(scoring: Pass, model: str, data: str) -> str:
+    """sha256 over what decides the numbers of a pass.
+
+    Args:
+        scoring: the pass; its items enter one by one, so the documents' lengths do too.
+        model: identity of the model: weights, buffers and precision.
+        data: identity of the tokenized documents.
+    """
+    record = [STORE_FORMAT, model, data, scoring.name, scoring.protocol, scoring.settings]
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    digest.update(_item_array(scoring.items).tobytes())
+    return digest.hexdigest()
+
+
+def _item_array(items: Sequence[WorkItem]) -> np.ndarray:
+    return np.array([tuple(item) for item in items], dtype=np.int64).reshape(-1, 5)
