@@ -1,0 +1,208 @@
+"""From our configuration to a running DeepSpeed engine: process group, optimizer, ZeRO, precision.
+
+The default is ZeRO-1 with `torch_autocast`: parameters stay fp32 in storage (DeepSpeed's `bf16`
+casts *every* parameter, decay rates included, and knows no exception) and matmuls run in bf16.
+Surprising: DeepSpeed accepts unknown top-level keys in silence, so they are checked here, and an
+omitted `gradient_clipping` means 1.0, so it is always written.
+"""
+
+import difflib
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.comm  # registers the module whose shared-memory op is replaced below
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.config import RunConfig
+from pretrain.training.optim import parameter_groups
+
+KNOWN_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
+    "steps_per_print zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+    "torch_autocast bf16 fp16 data_types communication_data_type prescale_gradients "
+    "gradient_predivide_factor wall_clock_breakdown memory_breakdown dump_state comms_logger "
+    "flops_profiler activation_checkpointing aio checkpoint compile seed "
+    "disable_allgather timers".split()
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the data-parallel ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_process_group(config: RunConfig) -> World:
+    """Joins the ranks that the launcher started, or makes a group of one for a plain `python`."""
+    if "RANK" not in os.environ:
+        # Without these DeepSpeed looks for an MPI launcher and fails on a missing mpi4py.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        one_process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({key: str(value) for key, value in one_process.items()})
+        os.environ["MASTER_PORT"] = str(port)
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if on_gpu:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        device = torch.device("cpu")
+        # On CPU, DeepSpeed compiles a shared-memory all-reduce (g++, ninja, 20 s), and every rank
+        # leaves a 69 MB /dev/shm/deepspeed_allreduce_buffer_* file behind, after a clean exit too.
+        # gloo does the same work. (`import deepspeed.comm.torch as x` would give torch itself.)
+        # deepspeed/comm/torch.py, TorchBackend.__init__; tests/distributed holds /dev/shm to this.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=config.train.process_group_timeout_minutes)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False
+        )
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def deepspeed_config(
+    config: RunConfig, world_size: int, *, universal: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run; `zero.extra` is merged into it last.
+
+    Args:
+        config: the run.
+        world_size: number of data-parallel ranks.
+        universal: load the next checkpoint in the universal format.
+
+    Raises:
+        ValueError: when `zero.extra` holds a key that DeepSpeed would silently ignore.
+    """
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    grad_accum_steps = config.grad_accum_steps(world_size)
+    generated: dict[str, Any] = {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
+        "gradient_clipping": config.optim.grad_clip,
+        "steps_per_print": sys.maxsize,  # our own console line reports
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # Offload otherwise refuses torch's AdamW and wants its own, which needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if config.train.precision == "bf16":
+        # The list names the modules whose gradients (and ZeRO-3 weights) travel in bf16; what
+        # autocast computes in does not depend on it. Empty: gradients are summed in fp32, so world
+        # size and accumulation do not change them. `zero.extra.torch_autocast.
+        # lower_precision_safe_modules=[torch.nn.Linear]` halves that traffic.
+        generated["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    if universal:
+        generated["checkpoint"] = {"load_universal": True}
+    for key in config.zero.extra:
+        if key not in KNOWN_KEYS:
+            close = difflib.get_close_matches(str(key), KNOWN_KEYS, n=1)
+            raise ValueError(
+                f"zero.extra.{key}: not a DeepSpeed key that this trainer passes on; "
+                + (f"did you mean '{close[0]}'?" if close else f"known: {sorted(KNOWN_KEYS)}")
+            )
+    return _merge(generated, config.zero.extra)
+
+
+def build_engine(
+    config: RunConfig, model: nn.Module, world: World, *, universal: bool = False
+) -> deepspeed.DeepSpeedEngine:
+    """Wraps `model` (fp32, on any device) into a DeepSpeed engine with AdamW on `world.device`.
+
+    Raises:
+        ValueError: for a complex parameter: ZeRO-1 and -2 would silently drop its imaginary part.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter '{name}' is {parameter.dtype}: ZeRO drops imaginary parts; store "
+                f"torch.view_as_real(...) and view it as complex in forward"
+            )
+    model.to(world.device)
+    if config.train.compile:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile()  # in place, before initialize: ZeRO's hooks then wrap compiled blocks
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optim),
+        betas=tuple(config.optim.betas),
+        eps=config.optim.eps,
+        fused=world.device.type == "cuda",
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, world.size, universal=universal),
+    )
+    for buffer in model.buffers():  # DeepSpeed broadcasts parameters at initialize, never buffers
+        dist.broadcast(buffer, 0)
+    return engine
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision of training, for forwards outside `engine.forward` (evaluation)."""
+    bf16 = config.train.precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[Tensor | float, bool]:
+    """Optimizer step on the accumulated gradients, skipped on all ranks when they are not finite.
+
+    Stages 1 to 3 skip by themselves and compute the norm; stage 0 does neither, and one NaN would
+    reach every weight.
+
+    Returns:
+        The global gradient norm before clipping, and whether the step was applied.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        if not engine.was_step_applied():
+            return float("inf"), False
+        return engine.get_global_grad_norm(), True
+    # At the boundary, stage 0's gradients are already averaged over ranks: the norm is global.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if torch.isfinite(norm):
+        engine.step()
+        return norm, True
+    engine.zero_grad()
+    engine.micro_steps += 1  # what engine.step() counts besides updating
+    engine.global_steps += 1
+    engine.skipped_steps += 1
+    return norm, False
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,153 @@
+"""What a run reports: one console line, one row of metrics.jsonl, TensorBoard. Rank 0 only.
+
+Throughput is tokens that entered the model per second, padding included. MFU is train FLOPs per
+token (convention in plan.py: 3 x forward, no recomputation) x tokens per second and rank, over the
+dense bf16 peak of the device; no number is printed for a device whose peak is not listed.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.training.manifest import replace_text
+
+PEAK_BF16_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What training needs to know about the text besides its batches.
+
+    Attributes:
+        bytes_per_token: UTF-8 bytes of the corpus over its tokens, turns nats into bits per byte.
+        tokenizer: the tokenizer's fingerprint; a checkpoint resumes only with its own.
+    """
+
+    bytes_per_token: float
+    tokenizer: str
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Bits per UTF-8 byte from a mean loss in nats per token."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device in FLOP/s, if known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on the accelerator, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Removes the rows of metrics.jsonl that a resumed run will write again, and a torn last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the process died while writing it
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    replace_text(path, "".join(kept))
+
+
+class Stopwatch:
+    """Wall-clock seconds and the part of them spent waiting for data, since the last `read`."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0
+
+    def read(self) -> tuple[float, float]:
+        """Returns (seconds, seconds waiting for data) and starts again."""
+        now = time.perf_counter()
+        elapsed, waited = now - self.began, self.waited
+        self.began, self.waited = now, 0.0
+        return elapsed, waited
+
+
+class MetricLog:
+    """Appends rows to the run directory and prints the console line.
+
+    Args:
+        run_dir: where metrics.jsonl, tensorboard/ and train.log live.
+        step: resumed from; later rows of an earlier process are dropped.
+        tensorboard: write event files too.
+    """
+
+    def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
+        drop_rows_after(run_dir / "metrics.jsonl", step)
+        self.rows = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.text = open(run_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def say(self, text: str) -> None:
+        """Prints to the console and to train.log."""
+        print(text, flush=True)
+        print(text, file=self.text, flush=True)
+
+    def row(self, step: int, tokens: int, values: dict[str, float]) -> None:
+        """Records scalars at a step in metrics.jsonl and TensorBoard."""
+        record: dict[str, Any] = {"step": step, "tokens": tokens, **values, "time": time.time()}
+        print(json.dumps(record), file=self.rows, flush=True)
+        if self.board is not None:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self.rows.close()
+        self.text.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def console_line(step: int, total_steps: int, tokens: int, values: dict[str, float]) -> str:
+    """The line of one log step: step tokens loss bpb gnorm lr tok/s mfu mem data% eta."""
+    mfu = f"mfu {values['mfu']:.1%}  " if "mfu" in values else ""
+    return (
+        f"step {step:>6}/{total_steps}  tokens {short(tokens):>6}  loss {values['loss']:.4f}  "
+        f"bpb {values['bits_per_byte']:.4f}  gnorm {values['grad_norm']:.3f}  "
+        f"lr {values['lr']:.2e}  tok/s {short(values['tokens_per_second']):>6}  {mfu}"
+        f"mem {values['memory_gib']:.2f}G  data {values['data_fraction']:.1%}  "
+        f"eta {duration(values['eta_seconds'])}"
+        + (f"  skipped {values['skipped_steps']:.0f}" if values["skipped_steps"] else "")
+    )
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1h02m."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,282 @@
+"""The training loop, top to bottom.
+
+One optimizer step: learning rate from tokens; count the step's valid targets over all ranks;
+forward and backward per micro-batch; update; let the model update its buffers; now and then log,
+evaluate, save. Loss and gradients are *means over the step's valid tokens*, whatever the world size,
+accumulation and masks: `engine.backward` divides by accumulation steps and ZeRO averages over ranks,
+so the local sum is multiplied by ranks x accumulation / global valid tokens, known beforehand.
+
+Nothing in a step reads a device value on the host, except what `take_step` needs to skip.
+"""
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.batch import Batch, StepLoader
+from pretrain.config import RunConfig
+from pretrain.mixers.base import map_state
+from pretrain.training import metrics
+from pretrain.training.checkpoint import CheckpointSaver, plan_resume, restore
+from pretrain.training.engine import World, autocast, build_engine, take_step
+from pretrain.training.metrics import CorpusFacts, MetricLog
+from pretrain.training.optim import schedule_factor
+from pretrain.training.profiling import StepProfiler
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is saved."""
+
+
+class Trainer:
+    """Trains one model; builds the engine and restores the newest checkpoint at construction.
+
+    Args:
+        config: of the run.
+        model: offers the `LanguageModel` interface; fp32.
+        loader: this rank's batches by step.
+        world: from `start_process_group`.
+        facts: about the corpus.
+        evaluate: in-training evaluation, called on all ranks, returns scalars by name.
+
+    Raises:
+        ValueError: when the checkpoint found belongs to another model, tokenizer or data order.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        loader: StepLoader,
+        world: World,
+        facts: CorpusFacts,
+        *,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.config, self.loader, self.world, self.facts = config, loader, world, facts
+        self.evaluate = evaluate
+        self.grad_accum_steps = config.grad_accum_steps(world.size)
+        self.train_flops = 3 * sum(model.flops_per_token(config.train.seq_len).values())  # type: ignore[operator]
+        self.saver = CheckpointSaver(config, model, world, facts.tokenizer)
+        plan = plan_resume(config, model, world, facts.tokenizer)
+        if plan is not None:
+            loader.check_state(plan.training["data"])
+        self.engine = build_engine(config, model, world, universal=bool(plan and plan.convert))
+        self.step = plan.training["step"] if plan else 0
+        # One recurrent state per micro-batch slot: slot m always reads the same lanes.
+        self.carried: list[Any] = [None] * self.grad_accum_steps
+        if plan is not None:
+            self.carried = restore(self.engine, plan, config, world) or self.carried
+        self.saved_step = self.step if plan else -1
+        self.skipped_in_a_row = 0
+        self.stop_requested = False
+        self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.window_steps = 0
+        self.stopwatch = metrics.Stopwatch()
+        self.profiler = StepProfiler(config, world, self.step)
+        self.log: MetricLog | None = None
+        if world.is_main:
+            self.log = MetricLog(config.run_dir, self.step, tensorboard=config.logging.tensorboard)
+            for note in plan.notes if plan else []:
+                self.log.say(f"passed over: {note}")
+            self.log.say(f"resumed from {plan.path}" if plan else "starting from step 0")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen, padding included."""
+        return self.step * self.config.train.global_batch_tokens
+
+    def fit(self) -> bool:
+        """Trains to the end.
+
+        Returns:
+            True when finished; False when stopped by SIGTERM after saving.
+        """
+        previous = signal.signal(signal.SIGTERM, self._request_stop)
+        try:
+            return self._loop()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            self.profiler.close()
+            if self.log is not None:
+                self.log.close()
+
+    def _loop(self) -> bool:
+        config, every = self.config, self.config.logging.every_steps
+        batches = self.loader.steps(self.step)
+        self.stopwatch.read()
+        while self.step < config.total_steps:
+            began = time.perf_counter()
+            micro_batches = next(batches)
+            self.stopwatch.waited += time.perf_counter() - began
+            grad_norm, stop = self._train_step(micro_batches)
+            self.step += 1
+            self.profiler.after_step(self.step)
+            last = self.step == config.total_steps
+            if self.step % every == 0 or last:
+                self._report(grad_norm)
+            if self._due(config.eval.every_tokens) and not last:
+                self._evaluate()
+            if self._due(config.checkpoint.every_tokens) or last or stop:
+                self._save()
+            if stop and not last:
+                return False
+        self._evaluate()
+        return True
+
+    def _train_step(self, micro_batches: list[Batch]) -> tuple[Tensor | float, bool]:
+        """One optimizer step.
+
+        Returns:
+            The gradient norm, and whether any rank was asked to stop.
+        """
+        engine, config = self.engine, self.config
+        self._set_learning_rates()
+        torch.manual_seed(self._seed())
+        micro_batches = [_to_device(batch, self.world.device) for batch in micro_batches]
+        valid = sum(batch.loss_mask.sum() for batch in micro_batches)
+        asked = torch.tensor(self.stop_requested, device=self.world.device)
+        counts = torch.stack([torch.as_tensor(valid), asked.long()])
+        dist.all_reduce(counts)
+        scale = self.world.size * self.grad_accum_steps / counts[0].clamp(min=1)
+        statistics: dict[str, Tensor] = {}
+        for slot, batch in enumerate(micro_batches):
+            output = engine(
+                batch.tokens[:, :-1],
+                self.carried[slot] if config.train.carry_state else None,
+                resets=batch.resets,
+                targets=batch.tokens[:, 1:],
+                loss_mask=batch.loss_mask,
+            )
+            losses = [value for name, value in output.aux.items() if name.endswith("_loss")]
+            auxiliary = torch.stack(losses).sum() if losses else torch.zeros_like(output.loss_sum)
+            engine.backward((output.loss_sum + auxiliary) * scale)
+            self.window[0] += output.loss_sum.detach()
+            self.window[1] += auxiliary.detach()
+            for name, value in output.aux.items():
+                if not name.endswith("_loss"):
+                    statistics[name] = statistics.get(name, 0) + value.detach()
+            if config.train.carry_state:  # truncated backpropagation: the next segment sees values
+                self.carried[slot] = map_state(Tensor.detach, output.state)
+            if slot + 1 < len(micro_batches):
+                engine.step()  # counts the micro-batch; no update before the last one
+        self.window[2] += torch.as_tensor(valid)
+        self.window_steps += 1
+        grad_norm, applied = take_step(engine)
+        if applied and statistics:
+            for name in sorted(statistics):
+                dist.all_reduce(statistics[name])
+            engine.module.update_buffers(statistics)
+        self._count_skips(applied)
+        return grad_norm, bool(counts[1])  # take_step has waited for the device anyway
+
+    def _set_learning_rates(self) -> None:
+        train = self.config.train
+        after = self.tokens + train.global_batch_tokens  # so that the first step moves
+        factor = schedule_factor(after, train.total_tokens, self.config.schedule)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def _seed(self) -> int:
+        """A seed for this step and rank, so that a resumed run draws the same dropout masks."""
+        text = f"{self.config.seed} {self.step} {self.world.rank}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def _count_skips(self, applied: bool) -> None:
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        limit = self.config.train.max_consecutive_skips
+        if self.skipped_in_a_row < limit:
+            return
+        safe = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
+        raise TrainingError(
+            f"the gradients of {limit} steps in a row, up to step {self.step + 1}, were not finite; "
+            f"all were skipped and nothing was saved since (last checkpoint: {safe}). Lower "
+            f"optim.learning_rate, lengthen schedule.warmup_fraction, or look at the data there"
+        )
+
+    def _report(self, grad_norm: Tensor | float) -> None:
+        dist.all_reduce(self.window)
+        nll, auxiliary, valid = self.window.tolist()
+        steps, self.window_steps = self.window_steps, 0
+        self.window.zero_()
+        seconds, waited = self.stopwatch.read()
+        if self.log is None:
+            return
+        config, loss = self.config, nll / max(1.0, valid)
+        tokens_per_second = steps * config.train.global_batch_tokens / seconds
+        values = {
+            "loss": loss,
+            "bits_per_byte": metrics.bits_per_byte(loss, self.facts.bytes_per_token),
+            "grad_norm": float(grad_norm),
+            "skipped_steps": float(self.engine.skipped_steps),
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_rank": tokens_per_second / self.world.size,
+            "tflops_per_rank": tokens_per_second / self.world.size * self.train_flops / 1e12,
+            "memory_gib": metrics.memory_gib(self.world.device),
+            "data_fraction": waited / seconds,
+            "eta_seconds": (config.total_steps - self.step) * seconds / steps,
+        }
+        if auxiliary:
+            values["auxiliary_loss"] = auxiliary / max(1.0, valid)
+        for group in self.engine.optimizer.param_groups:
+            values[f"lr/{group['name']}"] = group["lr"]
+        values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
+        peak = metrics.peak_flops(self.world.device)
+        if peak is not None:
+            values["mfu"] = values["tflops_per_rank"] * 1e12 / peak
+        if not math.isfinite(values["grad_norm"]):
+            self.log.say(f"step {self.step}: gradients not finite, update skipped on all ranks")
+        self.log.row(self.step, self.tokens, values)
+        self.log.say(metrics.console_line(self.step, config.total_steps, self.tokens, values))
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        module = self.engine.module
+        module.eval()
+        with torch.no_grad(), autocast(self.config, self.world.device):
+            values = self.evaluate(module)
+        module.train()
+        self.stopwatch.read()  # evaluation does not count as training time
+        self.window_steps = 0
+        if self.log is not None:
+            self.log.row(self.step, self.tokens, values)
+            listed = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.log.say(f"step {self.step:>6}  {listed}")
+
+    def _save(self) -> None:
+        if self.skipped_in_a_row:  # the carried state may hold the NaN; the last good one stays
+            return
+        path = self.saver.save(
+            self.engine,
+            step=self.step,
+            tokens=self.tokens,
+            data=self.loader.state(self.step),
+            carried=self.carried if self.config.train.carry_state else None,
+        )
+        self.saved_step = self.step
+        self.stopwatch.read()
+        self.window_steps = 0
+        if self.log is not None:
+            self.log.say(f"saved {path}")
+
+    def _due(self, every_tokens: int) -> bool:
+        """Whether this step crossed a multiple of `every_tokens`; 0 means never."""
+        before = self.tokens - self.config.train.global_batch_tokens
+        return every_tokens > 0 and self.tokens // every_tokens > before // every_tokens
+
+    def _request_stop(self, signum: int, frame: object) -> None:
+        self.stop_requested = True
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
