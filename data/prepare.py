@@ -1,0 +1,484 @@
+"""Text to a corpus: plan units, make the tokenizer, write a shard per unit, then the manifest.
+
+The same inputs give the same bytes for any number of workers and after any kill: a unit is a fixed
+row range whose shard has a fixed name, every file appears by an atomic rename, and a unit whose
+sidecar stands is skipped. A folder without `manifest.json`, written last, is unfinished.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER_FILE,
+    ShardDocuments,
+    canonical_json,
+    fingerprint,
+    read_manifest,
+    read_sidecar,
+    token_dtype,
+    write_atomically,
+    write_shard,
+)
+from data.sources import Unit, find_files, hash_file, plan_units, read_unit
+from data.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    PAD_ID,
+    UNK_ID,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
+
+TRAINED = ("unigram", "bpe")
+ROUNDTRIP_DOCUMENTS = 16  # per unit
+ROUNDTRIP_CHARS = 2**20  # per document
+SAMPLE_PIECE_CHARS = 2**16
+# Counted per unit and added up over a split.
+SUMS = ("raw_bytes", "words", "unk", "empty", "roundtrip_checked", "roundtrip_exact")
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare, and how.
+
+    Attributes:
+        out: the corpus folder.
+        splits: split name -> file, folder or glob, or a list of these.
+        text_field: column of jsonl and parquet rows that holds the text.
+        tokenizer: "unigram" or "bpe" (trained on a sample of `train_split`), "bytes", or the path
+            of a SentencePiece .model.
+        vocab_size: for a trained tokenizer: specials and pieces, without sentinels.
+        n_sentinels: ids for span corruption behind the pieces.
+        train_split: the split that a trained tokenizer sees.
+        sample_bytes: how much of it, in bytes of text.
+        seed: draws the sample.
+        workers: processes; without influence on the result.
+        unit_bytes: text per shard, about.
+    """
+
+    out: str = ""
+    splits: dict[str, Any] = field(default_factory=dict)
+    text_field: str = "text"
+    tokenizer: str = "unigram"
+    vocab_size: int = 8192
+    n_sentinels: int = 0
+    train_split: str = "train"
+    sample_bytes: int = 8_000_000
+    seed: int = 0
+    workers: int = 1
+    unit_bytes: int = 64 * 2**20
+
+
+class OutputError(RuntimeError):
+    """The corpus folder cannot be written; what is finished stays."""
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Prepares a corpus, or continues an unfinished one, or finds that it stands already.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: a value, an input file or the folder's previous content does not fit.
+        OutputError: the disk is full, or the folder cannot be written or is in use.
+    """
+    _check(config)
+    started = time.monotonic()
+    out = Path(config.out)
+    files = {
+        split: [hash_file(*found) for found in find_files(location)]
+        for split, location in config.splits.items()
+    }
+    inputs = _inputs(config, {s: [f.identity() for f in part] for s, part in files.items()})
+    if (out / MANIFEST).exists():
+        manifest = read_manifest(out)
+        _compare(inputs, manifest["inputs"], f"{out} holds a corpus")
+        print(f"{out} stands already: nothing to do (fingerprint {fingerprint(manifest)[:16]})")
+        return manifest
+
+    with _writing(out), _lock(out):
+        plan_file = out / "_work" / "plan.json"
+        if plan_file.exists():
+            plan = json.loads(plan_file.read_bytes())
+            _compare(inputs, plan["inputs"], f"{out} holds an unfinished preparation")
+        else:
+            write_atomically(plan_file, canonical_json({"inputs": inputs}))
+        units = {
+            split: [
+                unit for f in part for unit in plan_units(f, config.unit_bytes, config.text_field)
+            ]
+            for split, part in files.items()
+        }
+        tokenizer = _make_tokenizer(config, out, units)
+        _write_shards(config, out, units, tokenizer)
+        manifest = _manifest(out, units, tokenizer, inputs)
+        write_atomically(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+        shutil.rmtree(out / "_work")
+    print(summary(manifest))
+    seconds = time.monotonic() - started
+    print(f"{out} ready in {seconds:.1f} s, fingerprint {fingerprint(manifest)[:16]}")
+    return manifest
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """The closing table, one line per split."""
+    tokenizer = manifest["tokenizer"]
+    columns = ["documents", "tokens", "bytes", "bytes/token", "words", "unk rate", "longest"]
+    lines = [
+        f"tokenizer {tokenizer['kind']}, vocabulary {tokenizer['vocab_size']}",
+        f"{'split':<12}" + "".join(f"{column:>14}" for column in [*columns, "round trip"]),
+    ]
+    for name, split in manifest["splits"].items():
+        tokens, checked = split["tokens"], split["roundtrip_checked"]
+        text_tokens = max(tokens - split["documents"], 1)  # Without EOS.
+        values = [
+            f"{split['documents']:,}",
+            f"{tokens:,}",
+            f"{split['raw_bytes']:,}",
+            f"{split['raw_bytes'] / text_tokens:.3f}",
+            f"{split['words']:,}",
+            f"{split['unk'] / text_tokens:.2e}",
+            f"{split['longest']:,}",
+            f"{split['roundtrip_exact']}/{checked}",
+        ]
+        lines.append(f"{name:<12}" + "".join(f"{value:>14}" for value in values))
+        if split["empty"]:
+            lines.append(f"{name}: {split['empty']} empty documents left out")
+    return "\n".join(lines)
+
+
+def _check(config: PrepareConfig) -> None:
+    problems = []
+    if not config.out:
+        problems.append("out: missing; give the corpus folder, e.g. out=corpora/mine")
+    if not config.splits:
+        problems.append("splits: missing; give data=PATH or splits.train=PATH")
+    for key in ("vocab_size", "sample_bytes", "workers", "unit_bytes"):
+        if getattr(config, key) < 1:
+            problems.append(f"{key}={getattr(config, key)}: must be at least 1")
+    if config.n_sentinels < 0:
+        problems.append(f"n_sentinels={config.n_sentinels}: must not be negative")
+    if config.tokenizer in TRAINED and config.splits and config.train_split not in config.splits:
+        problems.append(
+            f"train_split={config.train_split}: no such split to train tokenizer="
+            f"{config.tokenizer} on; there are {', '.join(config.splits)}"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _inputs(config: PrepareConfig, files: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the corpus' content follows from."""
+    tokenizer: dict[str, Any] = {"n_sentinels": config.n_sentinels}
+    if config.tokenizer in TRAINED:
+        tokenizer |= {
+            "trained": config.tokenizer,
+            "vocab_size": config.vocab_size,
+            "sample_bytes": config.sample_bytes,
+            "split": config.train_split,
+            "seed": config.seed,
+        }
+    else:
+        tokenizer |= {"sha256": load_tokenizer(config.tokenizer).sha256}
+    return {
+        "files": files,
+        "text_field": config.text_field,
+        "tokenizer": tokenizer,
+        "unit_bytes": config.unit_bytes,
+    }
+
+
+def _compare(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
+    differences = [
+        f"{key}: there {json.dumps(found.get(key))}, now {json.dumps(wanted.get(key))}"
+        for key in wanted
+        if wanted.get(key) != found.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"out: {what} of other inputs ({'; '.join(differences)}); choose another out, "
+            "or delete that folder first"
+        )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turns what the operating system says about the folder into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"out={out}: cannot be written ({error.strerror or error}: "
+            f"{error.filename or out}); make room or choose another folder, then run the same command: finished shards are kept"
+        ) from error
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One preparation per folder; the lock dies with its process."""
+    (out / "_work").mkdir(parents=True, exist_ok=True)
+    with open(out / "_work" / "lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"out={out}: another preparation is writing there; wait for it"
+            ) from error
+        yield
+
+
+def _make_tokenizer(config: PrepareConfig, out: Path, units: dict[str, list[Unit]]) -> Tokenizer:
+    path = out / TOKENIZER_FILE
+    if path.exists():  # Of an earlier try; the compared inputs determine it.
+        return load_tokenizer(path, config.n_sentinels)
+    if config.tokenizer not in TRAINED:
+        tokenizer = load_tokenizer(config.tokenizer, config.n_sentinels)
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            write_atomically(path, tokenizer.model)
+        return tokenizer
+    print(
+        f"training a {config.tokenizer} tokenizer, vocab_size {config.vocab_size} ...", flush=True
+    )
+    sample = _sample(config, units[config.train_split])
+    model = train_sentencepiece(sample, model_type=config.tokenizer, vocab_size=config.vocab_size)
+    write_atomically(path, model)
+    return SentencePieceTokenizer(model, config.n_sentinels)
+
+
+def _sample(config: PrepareConfig, units: list[Unit]) -> list[str]:
+    """About `sample_bytes` of text: units in a seeded order, of each a seeded choice of pieces."""
+    generator = random.Random(config.seed)
+    units = generator.sample(units, len(units))
+    # A unit gives at most an eighth of the sample (or its share, when there are fewer units).
+    share = config.sample_bytes / min(len(units), 8) if units else 0
+    sample: list[str] = []
+    missing: float = config.sample_bytes
+    for unit in units:
+        if missing <= 0:
+            break
+        keep = min(1.0, share / max(unit.text_bytes, 1))
+        for document in read_unit(unit, config.text_field):
+            text = document.text
+            for start in range(0, len(text), SAMPLE_PIECE_CHARS):
+                if generator.random() < keep and missing > 0:
+                    sample.append(text[start : start + SAMPLE_PIECE_CHARS])
+                    missing -= len(sample[-1].encode())
+    return sample
+
+
+def _write_shards(
+    config: PrepareConfig, out: Path, units: dict[str, list[Unit]], tokenizer: Tokenizer
+) -> None:
+    todo = []
+    done_bytes = 0
+    for split, part in units.items():
+        (out / split).mkdir(exist_ok=True)
+        for i, unit in enumerate(part):
+            if read_sidecar(out / split / _shard_name(i)) is None:
+                todo.append((unit, out / split / _shard_name(i)))
+            else:
+                done_bytes += unit.text_bytes
+    if done_bytes:
+        print(f"continuing: {done_bytes:,} bytes of text were finished before")
+    total = sum(unit.text_bytes for unit, _ in todo)
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenising", disable=not todo, mininterval=0.5
+    )
+    with bar:
+        if config.workers == 1 or len(todo) <= 1:
+            for unit, stem in todo:
+                write_unit(unit, stem, config.text_field, tokenizer, bar.update)
+        else:
+            _in_processes(config, todo, tokenizer, bar)
+
+
+def _in_processes(
+    config: PrepareConfig, todo: list[tuple[Unit, Path]], tokenizer: Tokenizer, bar: tqdm
+) -> None:
+    # Spawned, not forked: the parent has threads (the progress bar's, SentencePiece's).
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
+    with ProcessPoolExecutor(
+        min(config.workers, len(todo)),
+        context,
+        _start_worker,
+        (model, config.n_sentinels, config.text_field, counter),
+    ) as pool:
+        pending: set[Future[None]] = {pool.submit(_work, unit, stem) for unit, stem in todo}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                bar.update(counter.value - bar.n)
+                for future in done:
+                    future.result()
+        except BrokenProcessPool as error:
+            raise OutputError(
+                f"out={config.out}: a worker process was killed (out of memory?); use fewer "
+                "workers and run the same command again: finished shards are kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}  # A worker process' tokenizer and settings.
+
+
+def _start_worker(
+    model: bytes | None, n_sentinels: int, text_field: str, counter: "Synchronized[int]"
+) -> None:
+    def leave_with_parent() -> None:  # A killed parent would leave its workers waiting for ever.
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    def report(n: int) -> None:
+        with counter.get_lock():
+            counter.value += n
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    _worker["tokenizer"] = (
+        load_tokenizer("bytes", n_sentinels)
+        if model is None
+        else SentencePieceTokenizer(model, n_sentinels)
+    )
+    _worker["text_field"], _worker["report"] = text_field, report
+
+
+def _work(unit: Unit, stem: Path) -> None:
+    write_unit(unit, stem, _worker["text_field"], _worker["tokenizer"], _worker["report"])
+
+
+def write_unit(
+    unit: Unit,
+    stem: Path,
+    text_field: str,
+    tokenizer: Tokenizer,
+    report: Callable[[int], Any],
+) -> None:
+    """Tokenises one unit and writes its shard.
+
+    Args:
+        unit: the rows.
+        stem: path of the shard without ending.
+        text_field: column that holds the text.
+        tokenizer: makes the ids.
+        report: called with the bytes of text that were done.
+
+    Raises:
+        ValueError: the unit's file cannot be read as planned.
+        OSError: the shard cannot be written.
+    """
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts: list[np.ndarray] = []
+    lengths, raw_bytes, words, rows = [0], [], [], []
+    counts = dict.fromkeys(SUMS, 0)
+    for document in read_unit(unit, text_field):
+        if not document.text:
+            counts["empty"] += 1
+            continue
+        ids = tokenizer.encode(document.text)
+        parts += [ids.astype(dtype), np.array([EOS_ID], dtype)]
+        lengths.append(len(ids) + 1)
+        raw_bytes.append(len(document.text.encode()))
+        words.append(len(document.text.split()))
+        rows.append(document.row)
+        counts["unk"] += int((ids == UNK_ID).sum())
+        if counts["roundtrip_checked"] < ROUNDTRIP_DOCUMENTS:
+            counts["roundtrip_checked"] += 1
+            counts["roundtrip_exact"] += _round_trips(tokenizer, document.text)
+        report(raw_bytes[-1])
+    report(unit.text_bytes - sum(raw_bytes))  # What was JSON around the text, for the bar to close.
+    counts |= {"raw_bytes": sum(raw_bytes), "words": sum(words)}
+    documents = ShardDocuments(
+        np.concatenate([np.zeros(0, dtype), *parts]),
+        np.cumsum(lengths),
+        np.array(raw_bytes),
+        np.array(words),
+        np.array(rows),
+    )
+    facts = {
+        "source": {"file": unit.name, "rows": [unit.start, unit.stop]},
+        "tokenizer_sha256": tokenizer.sha256,
+        "counts": {**counts, "longest": max(lengths)},
+    }
+    write_shard(stem, documents, facts)
+
+
+def _round_trips(tokenizer: Tokenizer, text: str) -> bool:
+    text = text[:ROUNDTRIP_CHARS]
+    return tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def _shard_name(i: int) -> str:
+    return f"{i:05d}"
+
+
+def _manifest(
+    out: Path, units: dict[str, list[Unit]], tokenizer: Tokenizer, inputs: dict[str, Any]
+) -> dict[str, Any]:
+    splits = {}
+    for split, part in units.items():
+        shards, totals = [], dict.fromkeys(("documents", "tokens", *SUMS, "longest"), 0)
+        for i in range(len(part)):
+            stem = out / split / _shard_name(i)
+            content = stem.with_suffix(".json").read_bytes()
+            sidecar = json.loads(content)
+            for key in ("documents", "tokens"):
+                totals[key] += sidecar[key]
+            for key in SUMS:
+                totals[key] += sidecar["counts"][key]
+            totals["longest"] = max(totals["longest"], sidecar["counts"]["longest"])
+            shards.append(
+                {
+                    "name": f"{split}/{_shard_name(i)}",
+                    "documents": sidecar["documents"],
+                    "tokens": sidecar["tokens"],
+                    "source": sidecar["source"],
+                    "bin": {key: sidecar["bin"][key] for key in ("bytes", "sha256")},
+                    "idx": sidecar["idx"],
+                    "json": {
+                        "bytes": len(content),
+                        "sha256": hashlib.sha256(content).hexdigest(),
+                    },
+                }
+            )
+        splits[split] = {**totals, "shards": shards}
+    return {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "n_pieces": tokenizer.n_pieces,
+            "n_sentinels": tokenizer.n_sentinels,
+            "special_ids": {"pad": PAD_ID, "bos": BOS_ID, "eos": EOS_ID, "unk": UNK_ID},
+        },
+        "dtype": str(token_dtype(tokenizer.vocab_size).str),
+        "splits": splits,
+        "inputs": inputs,
+    }

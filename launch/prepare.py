@@ -1,0 +1,112 @@
+"""Prepares a corpus, or verifies one.
+
+    python launch/prepare.py data=books_sample out=corpora/books_sample [workers=2] [KEY=VALUE ...]
+    python launch/prepare.py data='texts/*.jsonl.gz' out=corpora/mine tokenizer=bytes
+    python launch/prepare.py verify corpora/books_sample
+
+`data` names a file of configs/data/, a .yaml file, or a file, folder or glob of texts (the train
+split; `splits.validation=PATH` adds another). KEYs are the fields of `data.prepare.PrepareConfig`.
+Exit codes: 0 done, 1 damaged or interrupted by the system, 2 bad input.
+"""
+
+import difflib
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.prepare import OutputError, PrepareConfig, prepare
+from data.shards import fingerprint, read_manifest, verify
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"
+
+
+def load_prepare_config(arguments: list[str]) -> PrepareConfig:
+    """Defaults < configs/data/NAME.yaml < command line.
+
+    Raises:
+        ValueError: all unknown keys, with the closest known one, and values of a wrong type.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    content = _of_data(given.pop("data")) if "data" in given else {}
+    known = [field.name for field in fields(PrepareConfig)]
+    problems = []
+    config = OmegaConf.structured(PrepareConfig)
+    pairs: list[tuple[str, Any]] = [*content.items(), *given.items()]
+    for key, value in pairs:
+        if key.split(".")[0] not in known:
+            close = difflib.get_close_matches(key, ["data", *known], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: data, {', '.join(known)}"
+            problems.append(f"{key}={value}: unknown key; {hint}")
+            continue
+        try:
+            OmegaConf.update(config, key, value, force_add=True)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key}={value}: {str(error).splitlines()[0]}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, PrepareConfig)
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command; returns its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    try:
+        if arguments[0] == "verify":
+            return _verify(arguments[1:])
+        prepare(load_prepare_config(arguments))
+    except (ValueError, OutputError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("prepare: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _of_data(name: str) -> dict[str, Any]:
+    path = CONFIGS / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"data={name}: no such file")
+    if path.is_file():
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        section = content.get("prepare") if isinstance(content, dict) else None
+        if not isinstance(section, dict):
+            raise ValueError(f"data={name}: {path} has no section `prepare:`")
+        return {str(key): value for key, value in section.items()}
+    if not any(character in name for character in "/*.") and not Path(name).exists():
+        names = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+        raise ValueError(
+            f"data={name}: neither a file of configs/data nor a path; {hint}, "
+            "or give a file, folder or glob"
+        )
+    return {"splits": {"train": name}}
+
+
+def _verify(paths: list[str]) -> int:
+    if len(paths) != 1:
+        raise ValueError("verify: give one corpus folder, e.g. verify corpora/books_sample")
+    problems = verify(paths[0])
+    manifest = read_manifest(Path(paths[0]))
+    shards = sum(len(split["shards"]) for split in manifest["splits"].values())
+    if problems:
+        print(f"{paths[0]}: {len(problems)} problem(s)", file=sys.stderr)
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    print(f"{paths[0]}: {shards} shards as written, fingerprint {fingerprint(manifest)[:16]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
