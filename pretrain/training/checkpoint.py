@@ -12,7 +12,6 @@ There is no RNG state to save: the trainer seeds every step from (seed, step, ra
 are stored by lane, not by rank, so that another world size or micro-batch size finds its own.
 """
 
-import hashlib
 import json
 import os
 import shutil

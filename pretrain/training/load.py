@@ -1,4 +1,4 @@
-"""Weights of a finished or running training, for evaluation and export: one process, no DeepSpeed."""
+"""Weights of a run, finished or not, for evaluation and export: one process, no process group."""
 
 import json
 from pathlib import Path

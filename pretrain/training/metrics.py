@@ -56,7 +56,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Removes the rows of metrics.jsonl that a resumed run will write again, and a torn last one."""
+    """Removes the rows of metrics.jsonl that a resumed run writes again, and a torn last one."""
     if not path.exists():
         return
     kept = []

@@ -1,11 +1,10 @@
 """AdamW parameter groups and learning-rate schedules.
 
 Who decays: matrices. Vectors (norms, biases, gates) do not; embedding tables do not, tied or not:
-decay shrinks the rows of rare tokens, which see no gradient in most steps (OLMo 2, arXiv 2501.00656,
-section 3.4). State-space parameters (A, dt, D, ...) form a group with their own rate and no decay:
+decay shrinks the rows of rare tokens, which see no gradient in most steps (OLMo 2, arXiv
+2501.00656). State-space parameters (A, dt, D, ...) form a group with their own rate and no decay:
 they are log-rates of a dynamical system, and decay would pull every time scale towards one (S4,
-arXiv 2111.00396, appendix D). A module names its own through `no_decay_parameters()` and
-`ssm_parameters()`.
+arXiv 2111.00396). A module names its own by `no_decay_parameters()` and `ssm_parameters()`.
 
 Schedules are pure functions of tokens seen that return a *factor*: every group keeps its base rate,
 and a resumed run needs no scheduler state.
@@ -20,10 +19,10 @@ from pretrain.config import OptimConfig, ScheduleConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Splits the trainable parameters into `decay`, `no_decay` and `ssm` groups; empty ones drop out.
+    """Splits the trainable parameters into the groups `decay`, `no_decay` and `ssm`.
 
     Returns:
-        AdamW groups, each with `name`, `params`, `base_lr`, `lr` and `weight_decay`.
+        AdamW groups with `name`, `params`, `base_lr`, `lr` and `weight_decay`; no empty one.
 
     Raises:
         ValueError: when a module names a parameter that it does not have.
@@ -48,7 +47,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def group_hyperparameters(config: OptimConfig) -> dict[str, dict[str, Any]]:
-    """What each group holds besides its parameters; also re-applied after a checkpoint is loaded."""
+    """What each group holds besides its parameters; re-applied after a checkpoint is loaded."""
     rate, ssm_rate = config.learning_rate, config.ssm_learning_rate
     table = {
         "decay": (rate, config.weight_decay),
@@ -64,8 +63,8 @@ def group_hyperparameters(config: OptimConfig) -> dict[str, dict[str, Any]]:
 def schedule_factor(tokens: int, total_tokens: int, config: ScheduleConfig) -> float:
     """Learning-rate factor after `tokens` of `total_tokens`.
 
-    Warm-up is linear. Then `constant` stays at 1, `cosine` falls to `final_ratio` over the rest, and
-    `wsd` (warm-up, stable, decay; MiniCPM, arXiv 2404.06395) stays at 1 until the last
+    Warm-up is linear. Then `constant` stays at 1, `cosine` falls to `final_ratio` over the rest,
+    and `wsd` (warm-up, stable, decay; MiniCPM, arXiv 2404.06395) stays at 1 until the last
     `decay_fraction`, over which it falls linearly to `final_ratio`.
     """
     warmup = config.warmup_fraction * total_tokens

@@ -2,9 +2,9 @@
 
 One optimizer step: learning rate from tokens; count the step's valid targets over all ranks;
 forward and backward per micro-batch; update; let the model update its buffers; now and then log,
-evaluate, save. Loss and gradients are *means over the step's valid tokens*, whatever the world size,
-accumulation and masks: `engine.backward` divides by accumulation steps and ZeRO averages over ranks,
-so the local sum is multiplied by ranks x accumulation / global valid tokens, known beforehand.
+evaluate, save. Loss and gradients are *means over the step's valid tokens*, whatever the world
+size, accumulation and masks: `engine.backward` divides by accumulation steps and ZeRO averages over
+ranks, so the local sum is multiplied by ranks x accumulation / global valid tokens, known before.
 
 Nothing in a step reads a device value on the host, except what `take_step` needs to skip.
 """
@@ -198,8 +198,8 @@ class Trainer:
             return
         safe = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
         raise TrainingError(
-            f"the gradients of {limit} steps in a row, up to step {self.step + 1}, were not finite; "
-            f"all were skipped and nothing was saved since (last checkpoint: {safe}). Lower "
+            f"gradients were not finite in {limit} steps in a row, up to step {self.step + 1}; all "
+            f"were skipped and nothing was saved since (last checkpoint: {safe}). Lower "
             f"optim.learning_rate, lengthen schedule.warmup_fraction, or look at the data there"
         )
 

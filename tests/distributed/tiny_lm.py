@@ -1,4 +1,4 @@
-"""A language model and a loader small enough to train 20 steps in a second, with every hard feature.
+"""A language model and a loader that train 20 steps in a second, with every hard feature.
 
 The model has what checkpoints lose: a registered buffer that training updates (a softly assigned
 VQ codebook, so that rounding cannot flip a code), three parameter groups, a tied head, a recurrent

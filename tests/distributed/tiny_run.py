@@ -154,4 +154,4 @@ def main(spec: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main([a for a in sys.argv[1:] if not a.startswith("--local_rank")][0]))
+    sys.exit(main(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))))
