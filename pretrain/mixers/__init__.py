@@ -1,0 +1,71 @@
+"""The registry of token mixers: an explicit table, one file per mixer."""
+
+import difflib
+import inspect
+from typing import Any
+
+from pretrain.mixers.attention import Attention
+from pretrain.mixers.base import MixerOutput, TokenMixer
+from pretrain.mixers.bst import BlockStateTransformer
+from pretrain.mixers.s4d import S4D
+from pretrain.mixers.swa import SlidingWindowAttention
+
+MIXERS: dict[str, type[TokenMixer]] = {
+    "attention": Attention,
+    "bst": BlockStateTransformer,
+    "s4d": S4D,
+    "swa": SlidingWindowAttention,
+}
+
+__all__ = ["MIXERS", "MixerOutput", "TokenMixer", "build", "names", "options"]
+
+
+def names() -> list[str]:
+    """The registered mixers, sorted."""
+    return sorted(MIXERS)
+
+
+def options(name: str) -> dict[str, Any]:
+    """The options of a mixer and their defaults.
+
+    Raises:
+        ValueError: no such mixer.
+    """
+    if name not in MIXERS:
+        raise ValueError(f"unknown mixer {name!r}: {_suggest(name, names())}")
+    signature = inspect.signature(MIXERS[name])
+    return {
+        key: parameter.default
+        for key, parameter in signature.parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def build(name: str, *, d_model: int, causal: bool = True, **mixer_options: Any) -> TokenMixer:
+    """Builds a mixer by name.
+
+    Args:
+        name: a registered mixer.
+        d_model: model width.
+        causal: False for encoders; refused by mixers without a two-sided form.
+        **mixer_options: the mixer's own options.
+
+    Raises:
+        ValueError: unknown name or option, an option the mixer refuses, no two-sided form.
+    """
+    known = options(name)
+    for key in mixer_options:
+        if key not in known:
+            raise ValueError(f"unknown option {name}.{key}: {_suggest(key, sorted(known))}")
+    if MIXERS[name].two_sided:
+        return MIXERS[name](d_model, causal=causal, **mixer_options)
+    if not causal:
+        raise ValueError(
+            f"causal=False: mixer {name!r} has no two-sided form, so it cannot serve an encoder"
+        )
+    return MIXERS[name](d_model, **mixer_options)
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"

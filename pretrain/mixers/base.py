@@ -8,9 +8,10 @@ has to be a Python integer, without a host synchronisation and without a graph b
 therefore carries it as the length of an empty tensor, `phase` (B, r, 0).
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -46,16 +47,96 @@ class MixerOutput(NamedTuple):
     gate: Tensor | None = None
 
 
+class Clock(NamedTuple):
+    """Where a call stands on the reset grid; everything static is a Python integer.
+
+    Attributes:
+        length: T, tokens of this call.
+        phase: tokens since the last grid edge before the call.
+        edges: offsets of the grid edges inside the call, in tokens.
+        position: (B,) int64, tokens since the last reset before the call; None: the call begins
+            a document, known without looking at any data.
+        resets: (B, len(edges)) bool, or None.
+    """
+
+    length: int
+    phase: int
+    edges: range
+    position: Tensor | None
+    resets: Tensor | None
+
+    def after(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`position` and `phase` of the state after the call; `x` (B, T, D) lends its batch."""
+        batch, grid = x.shape[0], self.edges.step
+        position = self.length + (
+            x.new_zeros(batch, dtype=torch.int64) if self.position is None else self.position
+        )
+        if self.resets is not None:
+            offsets = torch.arange(self.edges.start, self.edges.stop, grid, device=x.device)
+            last = torch.where(self.resets, offsets, -1).amax(1)
+            position = torch.where(last >= 0, self.length - last, position)
+        return position, x.new_empty(batch, (self.phase + self.length) % grid, 0)
+
+    def fresh_blocks(self, block_size: int) -> Tensor | None:
+        """Which of the blocks this call touches begin a document.
+
+        Returns:
+            (B, blocks) bool; (B, 1), for the first block alone, when there are no resets; None when
+            there is no state either, so that the first block begins a document and no other does.
+        """
+        if self.position is None and self.resets is None:
+            return None
+        offset = self.phase % block_size
+        if self.position is None:
+            assert self.resets is not None
+            first = torch.ones_like(self.resets[:, 0])
+        else:
+            # Resets lie on block starts, so `position` counts whole blocks plus the offset.
+            first = self.position <= offset
+        if self.resets is None:
+            return first.unsqueeze(1)
+        blocks = -(-(offset + self.length) // block_size)
+        fresh = F.pad(first.unsqueeze(1), (0, blocks - 1))
+        start, step = (offset + self.edges.start) // block_size, self.edges.step // block_size
+        fresh[:, start::step] |= self.resets
+        return fresh
+
+
 class TokenMixer(nn.Module):
     """Mixes information along the sequence. Never detaches; forward mutates nothing.
+
+    The projection that writes to the residual stream is a Linear called `out_proj`: the model
+    scales its initialisation by depth.
 
     Attributes:
         block_size: the mixer's own grid: resets may only fall on its multiples (1: anywhere).
         reset_grid: the model's grid, the least common multiple over its layers, set by the model.
+        constant_state: False when the state grows with the context (full attention's cache).
+        two_sided: True when the constructor takes `causal=False`.
     """
 
     block_size: int = 1
     reset_grid: int = 1
+    constant_state: ClassVar[bool] = True
+    two_sided: ClassVar[bool] = False
+
+    def clock(self, x: Tensor, state: Any, resets: Tensor | None) -> Clock:
+        """Reads the state's place on the grid and checks `resets` against it.
+
+        Raises:
+            ValueError: not one flag per grid edge inside the call.
+        """
+        length, grid = x.shape[1], self.reset_grid
+        phase = 0 if state is None else state.phase.shape[1]
+        edges = range(-phase % grid, max(length, -phase % grid), grid)
+        if resets is not None and resets.shape[1] != len(edges):
+            raise ValueError(
+                f"resets has {resets.shape[1]} flags per lane, but {length} tokens from phase "
+                f"{phase} hold {len(edges)} edges of the reset grid of {grid} tokens"
+            )
+        if not edges:
+            resets = None
+        return Clock(length, phase, edges, None if state is None else state.position, resets)
 
     def forward(self, x: Tensor, state: Any = None, *, resets: Tensor | None = None) -> MixerOutput:
         """Mixes x (B, T, D), already normed by the block, continuing from `state`.
@@ -72,8 +153,13 @@ class TokenMixer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define init_state")
 
     def flops_per_token(self, context: int) -> float:
-        """Forward FLOPs per token at a training length of `context` tokens, projections included."""
+        """Forward FLOPs per token in documents of `context` tokens, projections included."""
         raise TypeError(f"{type(self).__name__} does not define flops_per_token")
+
+    def executed_flops(self, length: int) -> float:
+        """Forward FLOPs of matmuls that the plain form runs for one sequence of `length` tokens
+        from the start of a document: the convention's and the masked share."""
+        raise TypeError(f"{type(self).__name__} does not define executed_flops")
 
     def no_decay_parameters(self) -> set[str]:
         """Own parameter names without weight decay beyond the rule (vectors never decay)."""

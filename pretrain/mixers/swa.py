@@ -1,0 +1,113 @@
+"""Sliding-window attention over the last W tokens, itself included (Slide in 2306.09539).
+
+Shapes: B batch, T time, D model width, H heads, K head width, W window size.
+
+Exactly W at every token and not a block approximation: the window of the first token of a block is
+as long as that of the last.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.mixers.attention import QKNorm, check_heads
+from pretrain.mixers.base import MixerOutput, TokenMixer
+from pretrain.ops.rotary import rotate
+from pretrain.ops.window_attention import window_attention
+
+
+class WindowState(NamedTuple):
+    """k, v: (B, W, H, K), the last W tokens; keys are not rotated, since positions are counted from
+    the start of the cache. Entries older than `position` belong to another document."""
+
+    position: Tensor
+    phase: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class SlidingWindowAttention(TokenMixer):
+    """Causal softmax attention over the last `window_size` tokens.
+
+    Args:
+        d_model: model width.
+        n_heads: attention heads.
+        window_size: visible tokens, the present one included; documents begin on its multiples.
+        qk_norm: L2-normalise queries and keys, with a learned scale per head.
+        rotary_base: base of the rotary wavelengths.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int = 8,
+        window_size: int = 512,
+        qk_norm: bool = False,
+        rotary_base: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        if window_size < 1:
+            raise ValueError(f"swa.window_size={window_size} must be at least 1 token")
+        self.d_model, self.n_heads, self.window_size = d_model, n_heads, window_size
+        self.block_size = self.reset_grid = window_size
+        self.head_dim = check_heads("swa", d_model, n_heads)
+        self.rotary_base = rotary_base
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.qk_norm = QKNorm(n_heads, self.head_dim) if qk_norm else None
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: WindowState | None = None, *, resets: Tensor | None = None
+    ) -> MixerOutput:
+        clock = self.clock(x, state, resets)
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, k)
+        if state is not None:
+            k = torch.cat([state.k.to(k.dtype), k], 1)
+            v = torch.cat([state.v.to(v.dtype), v], 1)
+        cached = k.shape[1] - q.shape[1]
+        (q_turned,) = rotate(q, start=cached, base=self.rotary_base)
+        (k_turned,) = rotate(k, start=0, base=self.rotary_base)
+        y = window_attention(
+            q_turned,
+            k_turned,
+            v,
+            block_size=self.window_size,
+            reach="window",
+            offset=clock.phase % self.window_size,
+            fresh=clock.fresh_blocks(self.window_size),
+            scale=1.0 if self.qk_norm is not None else None,
+        )
+        kept = (last_tokens(part, self.window_size) for part in (k, v))
+        state = WindowState(*clock.after(x), *kept)
+        return MixerOutput(self.out_proj(y.flatten(2)), state, aux={})
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device, dtype: torch.dtype
+    ) -> WindowState:
+        cache = torch.zeros(
+            batch_size, self.window_size, self.n_heads, self.head_dim, device=device, dtype=dtype
+        )
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return WindowState(position, cache.new_empty(batch_size, 0, 0), cache, cache)
+
+    def flops_per_token(self, context: int) -> float:
+        w = min(self.window_size, context)
+        visible = w - w * (w - 1) / (2 * context)
+        return 8 * self.d_model**2 + 4 * self.d_model * visible
+
+    def executed_flops(self, length: int) -> float:
+        scores = min(length, self.window_size) ** 2
+        scores += max(0, length - self.window_size) * 2 * self.window_size
+        return length * 8 * self.d_model**2 + 4 * self.d_model * scores
+
+
+def last_tokens(x: Tensor, count: int) -> Tensor:
+    """The last `count` tokens of x (B, S, ...), zeros in front where there are fewer."""
+    missing = max(0, count - x.shape[1])
+    kept = x[:, max(0, x.shape[1] - count) :]
+    return F.pad(kept, (0, 0, 0, 0, missing, 0)) if missing else kept

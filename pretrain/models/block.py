@@ -1,0 +1,49 @@
+"""One layer: mix along the sequence, then mix channels, each with its norm and residual.
+
+    x = x + mixer(norm(x))        or  x + gate * (mixer(norm(x)) - x)  where the mixer has a gate
+    x = x + mlp(norm(x))
+
+Shapes: B batch, T time, D model width. The block owns norms and residuals; mixers add nothing.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from pretrain.mixers.base import TokenMixer
+from pretrain.models.layers import MLPS, RMSNorm
+
+
+class BlockOutput(NamedTuple):
+    """x: (B, T, D). state and aux: the mixer's."""
+
+    x: Tensor
+    state: Any
+    aux: dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """A token mixer and an MLP around the residual stream.
+
+    Args:
+        kind: name of the mixer, for tables.
+        mixer: the token mixer.
+        d_model: model width.
+        d_ff: hidden width of the MLP.
+        mlp: "swiglu" or "gelu".
+    """
+
+    def __init__(self, kind: str, mixer: TokenMixer, *, d_model: int, d_ff: int, mlp: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.mixer_norm = RMSNorm(d_model)
+        self.mixer = mixer
+        self.mlp_norm = RMSNorm(d_model)
+        self.mlp = MLPS[mlp](d_model, d_ff)
+
+    def forward(self, x: Tensor, state: Any = None, resets: Tensor | None = None) -> BlockOutput:
+        """x (B, T, D); state and resets as in `TokenMixer.forward`."""
+        mixed = self.mixer(self.mixer_norm(x), state, resets=resets)
+        x = x + (mixed.y if mixed.gate is None else mixed.gate * (mixed.y - x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return BlockOutput(x, mixed.state, mixed.aux)

@@ -1,0 +1,1 @@
+"""Kernels: every fast op beside its naive twin, one signature, single device, plain PyTorch."""
