@@ -2,44 +2,36 @@
 
 The same inputs give the same bytes for any number of workers and after any kill: a unit is a fixed
 row range whose shard has a fixed name, every file appears by an atomic rename, and a unit whose
-sidecar stands is skipped. A folder without `manifest.json`, written last, is unfinished.
+sidecar stands is skipped. `inputs.json` is written first and says what the folder is for;
+`manifest.json` is written last, and a folder without it is unfinished.
 """
 
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import random
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from data.shards import (
     FORMAT_VERSION,
     MANIFEST,
     TOKENIZER_FILE,
-    ShardDocuments,
-    canonical_json,
+    Corpus,
     fingerprint,
     read_manifest,
     read_sidecar,
     token_dtype,
     write_atomically,
-    write_shard,
 )
-from data.sources import Unit, find_files, hash_file, plan_units, read_unit
+from data.sources import SourceFile, Unit, find_files, hash_file, plan_units, read_unit
 from data.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -50,13 +42,11 @@ from data.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from data.units import SUMS, WorkerKilledError, write_units
 
+INPUTS = "inputs.json"
 TRAINED = ("unigram", "bpe")
-ROUNDTRIP_DOCUMENTS = 16  # per unit
-ROUNDTRIP_CHARS = 2**20  # per document
 SAMPLE_PIECE_CHARS = 2**16
-# Counted per unit and added up over a split.
-SUMS = ("raw_bytes", "words", "unk", "empty", "roundtrip_checked", "roundtrip_exact")
 
 
 @dataclass
@@ -112,20 +102,22 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         split: [hash_file(*found) for found in find_files(location)]
         for split, location in config.splits.items()
     }
-    inputs = _inputs(config, {s: [f.identity() for f in part] for s, part in files.items()})
-    if (out / MANIFEST).exists():
-        manifest = read_manifest(out)
-        _compare(inputs, manifest["inputs"], f"{out} holds a corpus")
-        print(f"{out} stands already: nothing to do (fingerprint {fingerprint(manifest)[:16]})")
-        return manifest
-
+    inputs = _inputs(config, files)
     with _writing(out), _lock(out):
-        plan_file = out / "_work" / "plan.json"
-        if plan_file.exists():
-            plan = json.loads(plan_file.read_bytes())
-            _compare(inputs, plan["inputs"], f"{out} holds an unfinished preparation")
+        for left_over in out.rglob("*.tmp"):  # Of a killed process.
+            left_over.unlink()
+        if (out / INPUTS).exists():
+            _compare(inputs, json.loads((out / INPUTS).read_bytes()), out)
+        elif any(out.iterdir()):
+            raise ValueError(f"out={out}: not empty, and no corpus; choose another folder")
         else:
-            write_atomically(plan_file, canonical_json({"inputs": inputs}))
+            write_atomically(out / INPUTS, json.dumps(inputs, indent=1).encode())
+        if (out / MANIFEST).exists():
+            manifest = read_manifest(out)
+            for split in manifest["splits"]:
+                Corpus.open(out, split)
+            print(f"{out} stands already: nothing to do (fingerprint {fingerprint(manifest)[:16]})")
+            return manifest
         units = {
             split: [
                 unit for f in part for unit in plan_units(f, config.unit_bytes, config.text_field)
@@ -136,7 +128,6 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         _write_shards(config, out, units, tokenizer)
         manifest = _manifest(out, units, tokenizer, inputs)
         write_atomically(out / MANIFEST, json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(out / "_work")
     print(summary(manifest))
     seconds = time.monotonic() - started
     print(f"{out} ready in {seconds:.1f} s, fingerprint {fingerprint(manifest)[:16]}")
@@ -190,7 +181,7 @@ def _check(config: PrepareConfig) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _inputs(config: PrepareConfig, files: dict[str, Any]) -> dict[str, Any]:
+def _inputs(config: PrepareConfig, files: dict[str, list[SourceFile]]) -> dict[str, Any]:
     """Everything that the corpus' content follows from."""
     tokenizer: dict[str, Any] = {"n_sentinels": config.n_sentinels}
     if config.tokenizer in TRAINED:
@@ -204,24 +195,36 @@ def _inputs(config: PrepareConfig, files: dict[str, Any]) -> dict[str, Any]:
     else:
         tokenizer |= {"sha256": load_tokenizer(config.tokenizer).sha256}
     return {
-        "files": files,
+        # Content, not the place on this machine.
+        "files": {split: {f.name: f.sha256 for f in part} for split, part in files.items()},
         "text_field": config.text_field,
         "tokenizer": tokenizer,
         "unit_bytes": config.unit_bytes,
     }
 
 
-def _compare(wanted: dict[str, Any], found: dict[str, Any], what: str) -> None:
+def _compare(wanted: dict[str, Any], found: dict[str, Any], out: Path) -> None:
+    there, now = _leaves(found), _leaves(wanted)
     differences = [
-        f"{key}: there {json.dumps(found.get(key))}, now {json.dumps(wanted.get(key))}"
-        for key in wanted
-        if wanted.get(key) != found.get(key)
+        f"{key}: there {there.get(key)}, now {now.get(key)}"
+        for key in sorted({*there, *now})
+        if there.get(key) != now.get(key)
     ]
     if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(
-            f"out: {what} of other inputs ({'; '.join(differences)}); choose another out, "
-            "or delete that folder first"
+            f"out={out}: holds a corpus of other inputs ({'; '.join(differences[:3])}{more}); "
+            "choose another out, or delete that folder first"
         )
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        leaves |= (
+            _leaves(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+        )
+    return leaves
 
 
 @contextmanager
@@ -229,25 +232,31 @@ def _writing(out: Path) -> Iterator[None]:
     """Turns what the operating system says about the folder into one clear error."""
     try:
         yield
+    except WorkerKilledError as error:
+        raise OutputError(
+            f"out={out}: {error}; use fewer workers and run the same command: finished shards stay"
+        ) from error
     except OSError as error:
         raise OutputError(
-            f"out={out}: cannot be written ({error.strerror or error}: "
-            f"{error.filename or out}); make room or choose another folder, then run the same command: finished shards are kept"
+            f"out={out}: cannot be written ({error.strerror or error}: {error.filename or out}); "
+            "make room or choose another folder, then run the same command: finished shards stay"
         ) from error
 
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """One preparation per folder; the lock dies with its process."""
-    (out / "_work").mkdir(parents=True, exist_ok=True)
-    with open(out / "_work" / "lock", "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"out={out}: another preparation is writing there; wait for it"
-            ) from error
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError as error:
+        raise OutputError(
+            f"out={out}: another preparation is writing there; wait for it"
+        ) from error
+    finally:
+        os.close(folder)
 
 
 def _make_tokenizer(config: PrepareConfig, out: Path, units: dict[str, list[Unit]]) -> Tokenizer:
@@ -297,141 +306,21 @@ def _write_shards(
     for split, part in units.items():
         (out / split).mkdir(exist_ok=True)
         for i, unit in enumerate(part):
-            if read_sidecar(out / split / _shard_name(i)) is None:
-                todo.append((unit, out / split / _shard_name(i)))
+            stem = out / split / _shard_name(i)
+            if read_sidecar(stem) is None:
+                todo.append((unit, stem))
             else:
                 done_bytes += unit.text_bytes
     if done_bytes:
         print(f"continuing: {done_bytes:,} bytes of text were finished before")
-    total = sum(unit.text_bytes for unit, _ in todo)
-    bar = tqdm(
-        total=total, unit="B", unit_scale=True, desc="tokenising", disable=not todo, mininterval=0.5
-    )
-    with bar:
-        if config.workers == 1 or len(todo) <= 1:
-            for unit, stem in todo:
-                write_unit(unit, stem, config.text_field, tokenizer, bar.update)
-        else:
-            _in_processes(config, todo, tokenizer, bar)
-
-
-def _in_processes(
-    config: PrepareConfig, todo: list[tuple[Unit, Path]], tokenizer: Tokenizer, bar: tqdm
-) -> None:
-    # Spawned, not forked: the parent has threads (the progress bar's, SentencePiece's).
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
-    with ProcessPoolExecutor(
-        min(config.workers, len(todo)),
-        context,
-        _start_worker,
-        (model, config.n_sentinels, config.text_field, counter),
-    ) as pool:
-        pending: set[Future[None]] = {pool.submit(_work, unit, stem) for unit, stem in todo}
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                bar.update(counter.value - bar.n)
-                for future in done:
-                    future.result()
-        except BrokenProcessPool as error:
-            raise OutputError(
-                f"out={config.out}: a worker process was killed (out of memory?); use fewer "
-                "workers and run the same command again: finished shards are kept"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: dict[str, Any] = {}  # A worker process' tokenizer and settings.
-
-
-def _start_worker(
-    model: bytes | None, n_sentinels: int, text_field: str, counter: "Synchronized[int]"
-) -> None:
-    def leave_with_parent() -> None:  # A killed parent would leave its workers waiting for ever.
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    def report(n: int) -> None:
-        with counter.get_lock():
-            counter.value += n
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    _worker["tokenizer"] = (
-        load_tokenizer("bytes", n_sentinels)
-        if model is None
-        else SentencePieceTokenizer(model, n_sentinels)
-    )
-    _worker["text_field"], _worker["report"] = text_field, report
-
-
-def _work(unit: Unit, stem: Path) -> None:
-    write_unit(unit, stem, _worker["text_field"], _worker["tokenizer"], _worker["report"])
-
-
-def write_unit(
-    unit: Unit,
-    stem: Path,
-    text_field: str,
-    tokenizer: Tokenizer,
-    report: Callable[[int], Any],
-) -> None:
-    """Tokenises one unit and writes its shard.
-
-    Args:
-        unit: the rows.
-        stem: path of the shard without ending.
-        text_field: column that holds the text.
-        tokenizer: makes the ids.
-        report: called with the bytes of text that were done.
-
-    Raises:
-        ValueError: the unit's file cannot be read as planned.
-        OSError: the shard cannot be written.
-    """
-    dtype = token_dtype(tokenizer.vocab_size)
-    parts: list[np.ndarray] = []
-    lengths, raw_bytes, words, rows = [0], [], [], []
-    counts = dict.fromkeys(SUMS, 0)
-    for document in read_unit(unit, text_field):
-        if not document.text:
-            counts["empty"] += 1
-            continue
-        ids = tokenizer.encode(document.text)
-        parts += [ids.astype(dtype), np.array([EOS_ID], dtype)]
-        lengths.append(len(ids) + 1)
-        raw_bytes.append(len(document.text.encode()))
-        words.append(len(document.text.split()))
-        rows.append(document.row)
-        counts["unk"] += int((ids == UNK_ID).sum())
-        if counts["roundtrip_checked"] < ROUNDTRIP_DOCUMENTS:
-            counts["roundtrip_checked"] += 1
-            counts["roundtrip_exact"] += _round_trips(tokenizer, document.text)
-        report(raw_bytes[-1])
-    report(unit.text_bytes - sum(raw_bytes))  # What was JSON around the text, for the bar to close.
-    counts |= {"raw_bytes": sum(raw_bytes), "words": sum(words)}
-    documents = ShardDocuments(
-        np.concatenate([np.zeros(0, dtype), *parts]),
-        np.cumsum(lengths),
-        np.array(raw_bytes),
-        np.array(words),
-        np.array(rows),
-    )
-    facts = {
-        "source": {"file": unit.name, "rows": [unit.start, unit.stop]},
-        "tokenizer_sha256": tokenizer.sha256,
-        "counts": {**counts, "longest": max(lengths)},
-    }
-    write_shard(stem, documents, facts)
-
-
-def _round_trips(tokenizer: Tokenizer, text: str) -> bool:
-    text = text[:ROUNDTRIP_CHARS]
-    return tokenizer.decode(tokenizer.encode(text)) == text
+    with tqdm(
+        total=sum(unit.text_bytes for unit, _ in todo),
+        unit="B",
+        unit_scale=True,
+        desc="tokenising",
+        mininterval=0.5,
+    ) as bar:
+        write_units(todo, config.text_field, tokenizer, config.workers, bar.update)
 
 
 def _shard_name(i: int) -> str:

@@ -1,6 +1,7 @@
 """The corpus on disk: memory-mapped token shards, their indices, their hashes.
 
     CORPUS/manifest.json        written last; sha256 of its canonical form is the fingerprint
+    CORPUS/inputs.json          written first; what the corpus is made from
     CORPUS/tokenizer.model      absent for bytes
     CORPUS/SPLIT/00000.bin      little-endian token ids, uint16 or uint32, each document + EOS
     CORPUS/SPLIT/00000.idx      header, doc_start uint64, raw_bytes uint32, words uint32, row uint64

@@ -19,7 +19,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import zstandard
@@ -46,10 +46,6 @@ class SourceFile:
     bytes: int
     sha256: str
 
-    def identity(self) -> dict[str, Any]:
-        """What of it enters the manifest: content, not the place on this machine."""
-        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -64,9 +60,6 @@ class Unit:
     stop: int
     offset: int
     text_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def find_files(location: str | list[str]) -> list[tuple[str, str]]:

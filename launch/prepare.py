@@ -103,6 +103,11 @@ def _verify(paths: list[str]) -> int:
     if problems:
         print(f"{paths[0]}: {len(problems)} problem(s)", file=sys.stderr)
         print("\n".join(problems), file=sys.stderr)
+        print(
+            "fix: copy these again; or delete them, their shards' .json and manifest.json, and run "
+            "the same prepare command, which makes what is missing",
+            file=sys.stderr,
+        )
         return 1
     print(f"{paths[0]}: {shards} shards as written, fingerprint {fingerprint(manifest)[:16]}")
     return 0
