@@ -157,7 +157,7 @@ def build_engine(
             block.compile()  # in place, before initialize: ZeRO's hooks then wrap compiled blocks
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optim),
-        betas=tuple(config.optim.betas),
+        betas=config.optim.betas,
         eps=config.optim.eps,
         fused=world.device.type == "cuda",
     )

@@ -1,5 +1,7 @@
 """Weights of a run, finished or not, for evaluation and export: one process, no process group."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,14 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     if training["zero_stage"] == 3:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="deepspeed"))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            weights = dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="deepspeed"))
     else:
         model_states = folder / "deepspeed" / "mp_rank_00_model_states.pt"
         weights = torch.load(model_states, map_location="cpu", weights_only=False)["module"]
     weights |= torch.load(folder / "buffers.pt", map_location="cpu", weights_only=True)
     return {
-        name: weight.float() if weight.is_floating_point() else weight
+        name: (weight.float() if weight.is_floating_point() else weight).detach()
         for name, weight in weights.items()
     }
 

@@ -123,7 +123,7 @@ def newest_complete(root: Path) -> tuple[Path | None, list[str]]:
     Returns:
         Its folder, or None; and one line for every newer folder that was passed over.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for path in sorted(root.glob("step_*"), reverse=True):
         problem = problem_of(path)
         if problem is None:

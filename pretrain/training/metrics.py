@@ -70,6 +70,13 @@ def drop_rows_after(path: Path, step: int) -> None:
     replace_text(path, "".join(kept))
 
 
+def say(run_dir: Path, text: str) -> None:
+    """Prints to the console and appends to the run's train.log."""
+    print(text, flush=True)
+    with open(run_dir / "train.log", "a", encoding="utf-8") as file:
+        print(text, file=file)
+
+
 class Stopwatch:
     """Wall-clock seconds and the part of them spent waiting for data, since the last `read`."""
 
@@ -95,9 +102,9 @@ class MetricLog:
     """
 
     def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
+        self.run_dir = run_dir
         drop_rows_after(run_dir / "metrics.jsonl", step)
         self.rows = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.text = open(run_dir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -106,8 +113,7 @@ class MetricLog:
 
     def say(self, text: str) -> None:
         """Prints to the console and to train.log."""
-        print(text, flush=True)
-        print(text, file=self.text, flush=True)
+        say(self.run_dir, text)
 
     def row(self, step: int, tokens: int, values: dict[str, float]) -> None:
         """Records scalars at a step in metrics.jsonl and TensorBoard."""
@@ -120,7 +126,6 @@ class MetricLog:
     def close(self) -> None:
         """Flushes everything to disk."""
         self.rows.close()
-        self.text.close()
         if self.board is not None:
             self.board.close()
 

@@ -83,9 +83,9 @@ def schedule_factor(tokens: int, total_tokens: int, config: ScheduleConfig) -> f
 
 def _declared(model: nn.Module, method: str) -> set[int]:
     """Identities of the parameters that modules declare by `method`, relative to themselves."""
-    declared = set()
+    declared: set[int] = set()
     for path, module in model.named_modules():
-        names = getattr(module, method, set)()
+        names: set[str] = getattr(module, method, set)()
         own = dict(module.named_parameters(remove_duplicate=False))
         for name in names:
             if name not in own:

@@ -26,6 +26,7 @@ from pretrain.mixers.base import map_state
 from pretrain.training import metrics
 from pretrain.training.checkpoint import CheckpointSaver, plan_resume, restore
 from pretrain.training.engine import World, autocast, build_engine, take_step
+from pretrain.training.manifest import write_json
 from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.optim import schedule_factor
 from pretrain.training.profiling import StepProfiler
@@ -89,6 +90,8 @@ class Trainer:
             for note in plan.notes if plan else []:
                 self.log.say(f"passed over: {note}")
             self.log.say(f"resumed from {plan.path}" if plan else "starting from step 0")
+            if self.step < config.total_steps:  # it may have finished earlier, at fewer tokens
+                (config.run_dir / "DONE").unlink(missing_ok=True)
 
     @property
     def tokens(self) -> int:
@@ -131,6 +134,12 @@ class Trainer:
             if stop and not last:
                 return False
         self._evaluate()
+        if self.log is not None:
+            done = {"step": self.step, "tokens": self.tokens}
+            write_json(config.run_dir / "DONE", done)
+            self.log.say(
+                f"finished: {config.run_dir} has {self.step} steps, {self.tokens:,} tokens"
+            )
         return True
 
     def _train_step(self, micro_batches: list[Batch]) -> tuple[Tensor | float, bool]:
@@ -279,4 +288,4 @@ class Trainer:
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
+    return Batch(*map_state(lambda part: part.to(device, non_blocking=True), batch))

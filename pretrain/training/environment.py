@@ -1,0 +1,47 @@
+"""What a run ran on: commit, versions, machine, command. Written to environment.json."""
+
+import platform
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.training.engine import World
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def git_commit() -> str:
+    """The commit of this code, with `+changes` when files differ from it; or why it is unknown."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return f"{commit}+changes" if _git("status", "--porcelain") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """JSON-able facts about this process and its machine."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "commit": git_commit(),
+        "command": sys.argv,
+        "world_size": world.size,
+        "host": socket.gethostname(),
+        "device": str(world.device),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in ("torch", "deepspeed", "numpy")},
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.strip()
