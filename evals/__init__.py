@@ -1,1 +1,1 @@
-"""Evaluation: score a model once per token, then derive every number, plot and verdict from that."""
+"""Evaluation: score once per token, then derive every number, plot and verdict from that."""

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from data.shards import Corpus
+from data.tokenizer import BOS_ID
+
 
 @dataclass(frozen=True)
 class EvalDocuments:
@@ -75,3 +78,27 @@ class EvalDocuments:
 def decode(ids: np.ndarray, token_bytes: list[bytes]) -> bytes:
     """The bytes of a token sequence."""
     return b"".join([token_bytes[i] for i in np.asarray(ids).tolist()])
+
+
+def from_corpus(corpus: Corpus, limit: int | None = None) -> EvalDocuments:
+    """The first `limit` documents of a prepared split, in its order.
+
+    Raises:
+        ValueError: the split holds no document, or the limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no document; use limit >= 1 or leave it out")
+    n = corpus.n_documents if limit is None else min(limit, corpus.n_documents)
+    if n == 0:
+        raise ValueError(
+            f"split={corpus.split}: {corpus.path} holds no document there; prepare one that does"
+        )
+    return EvalDocuments(
+        tokens=[corpus.document(i) for i in range(n)],
+        token_bytes=corpus.tokenizer.token_bytes(),
+        bos_id=BOS_ID,
+        fingerprint=corpus.fingerprint,
+        tokenizer_sha256=corpus.tokenizer.sha256,
+        raw_bytes=corpus.raw_bytes[:n].tolist(),
+        source={"path": str(corpus.path), "split": corpus.split, "limit": limit},
+    )

@@ -17,6 +17,7 @@ future perturbation: causal sums over equal shapes are bit-equal, convolutions b
 0.1, a few units in the last place of a logit around 10, and a mean difference of at most 0.01.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -210,7 +211,7 @@ def _step_equals_parallel(model: ScoredModel, tokens: Tensor, whole: Tensor) -> 
     def compare(cut: int) -> Tensor:
         edges = [0, *range(cut, min(cut + 5, n)), n]
         parts, state = [], None
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             part, state = model.nll(tokens[:, start : stop + 1], state)
             parts.append(part.double())
         return (torch.cat(parts, dim=1) - whole).abs()

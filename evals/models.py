@@ -1,4 +1,4 @@
-"""Our language model behind the `ScoredModel` interface, and the identity of its weights.
+"""Our language model behind the `ScoredModel` interface.
 
 Shapes: B lanes, L inputs, V vocabulary.
 
@@ -7,13 +7,13 @@ Losses are fp32 log-softmax over fp32 logits, taken only where targets are score
 tokens of context pays for 64 rows of the head.
 """
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evals.score import state_dict_sha256
 from pretrain.models import LanguageModel
 
 HEAD_CHUNK_TOKENS = 2048
@@ -58,17 +58,3 @@ class LanguageModelScorer:
 
     def fingerprint(self) -> str:
         return state_dict_sha256(self.model)
-
-
-def state_dict_sha256(model: torch.nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers.
-
-    Buffers that are not persistent count too: a kernel cache that evaluation rewrites is a fault.
-    """
-    digest = hashlib.sha256()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -162,9 +162,7 @@ def position(lengths: Sequence[int], max_tokens: int) -> Iterator[Pass]:
         protocol="position",
         context=None,
         settings={"max_tokens": max_tokens},
-        items=tuple(
-            WorkItem(doc, -1, min(n, max_tokens), 0) for doc, n in enumerate(lengths) if n
-        ),
+        items=tuple(WorkItem(doc, -1, min(n, max_tokens), 0) for doc, n in enumerate(lengths) if n),
     )
 
 

@@ -1,12 +1,13 @@
 """Runs a model over documents: the only code here that does.
 
-Shapes: B lanes of a batch, L inputs of a lane, S scored targets at its end.
+Shapes: B lanes of a batch, L inputs of a lane.
 
-A model is whatever offers `ScoredModel`; `evals.models` adapts ours. Batches hold
-items of one shape, so nothing is ever padded. Documents whose state is carried walk side by side as
-lanes of one batch and drop out where they end.
+A model is whatever offers `ScoredModel`; `evals.models` adapts ours. Batches hold items of one
+shape, so nothing is ever padded. Documents whose state is carried walk side by side as lanes of one
+batch and drop out where they end.
 """
 
+import hashlib
 import resource
 import sys
 import time
@@ -57,6 +58,20 @@ class ScoredModel(Protocol):
         ...
 
 
+def state_dict_sha256(model: torch.nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all parameters and buffers.
+
+    Buffers that are not persistent count too: a kernel cache that evaluation rewrites is a fault.
+    """
+    digest = hashlib.sha256()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def model_identity(model: ScoredModel) -> str:
     """Weights, buffers and arithmetic: what the model contributes to a pass's identity."""
     return f"{model.fingerprint()}:{model.precision}"
@@ -95,9 +110,7 @@ def score(
     began = time.perf_counter()
     n_inputs = sum(item.stop - item.start - 1 for item in scoring.items)
     rows: list[tuple[WorkItem, np.ndarray]] = []
-    bar = tqdm(
-        total=n_inputs, desc=scoring.name, unit="tok", unit_scale=True, disable=not progress
-    )
+    bar = tqdm(total=n_inputs, desc=scoring.name, unit="tok", unit_scale=True, disable=not progress)
     with torch.inference_mode(), bar:
         for chains in _batches(_chains(scoring.items), batch_tokens):
             rows += _run_batch(model, documents, chains, bar)
@@ -129,8 +142,9 @@ def _chains(items: Sequence[WorkItem]) -> list[Chain]:
     chains: list[Chain] = []
     for item in items:
         if item.carry:
-            assert chains and chains[-1][-1].doc == item.doc, "carry without a predecessor"
-            assert chains[-1][-1].stop == item.start + 1, "carry over a gap"
+            last = chains[-1][-1] if chains else None
+            after = (last.doc, last.stop - 1) if last else None
+            assert after == (item.doc, item.start), "a state is carried over a gap"
             chains[-1].append(item)
         else:
             chains.append([item])
@@ -181,9 +195,7 @@ def _run_batch(
             if going:
                 kept_lanes += [lanes[at[j]] for j in going]
                 index = torch.tensor(going, device=model.device)
-                kept_states.append(
-                    after if len(going) == len(at) else index_state(after, index)
-                )
+                kept_states.append(after if len(going) == len(at) else index_state(after, index))
         lanes = kept_lanes
         if not lanes:
             break

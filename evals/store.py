@@ -6,8 +6,11 @@ position): batch size and order of work leave no trace.
 """
 
 import hashlib
+import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from evals.protocols import Pass, WorkItem
 from evals.stats import per_document
 
 STORE_FORMAT = 1
+_COLUMNS = ("doc", "position", "context", "nll", "n_bytes")
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,7 @@ class TokenTable:
 
     def select(self, rows: np.ndarray) -> "TokenTable":
         """The rows a mask or index array picks."""
-        return TokenTable(
-            self.doc[rows],
-            self.position[rows],
-            self.context[rows],
-            self.nll[rows],
-            self.n_bytes[rows],
-            self.meta,
-        )
+        return TokenTable(*(getattr(self, name)[rows] for name in _COLUMNS), self.meta)
 
     def nats_and_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Per document (n_docs,): summed NLL in nats, scored tokens; specials included."""
@@ -82,45 +79,51 @@ class TokenTable:
 
     def save(self, path: Path) -> None:
         """Writes the table atomically: a reader sees the old file or the whole new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(
-                file,
-                doc=self.doc,
-                position=self.position,
-                context=self.context,
-                nll=self.nll,
-                n_bytes=self.n_bytes,
-                meta=np.array(json.dumps(self.meta, sort_keys=True)),
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        content = io.BytesIO()
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        meta = np.array(json.dumps(self.meta, sort_keys=True))
+        np.savez_compressed(content, **columns, meta=meta)
+        write_bytes(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> "TokenTable":
-        with np.load(path) as arrays:
-            meta = json.loads(str(arrays["meta"]))
-            return cls(
-                arrays["doc"],
-                arrays["position"],
-                arrays["context"],
-                arrays["nll"],
-                arrays["n_bytes"],
-                meta,
-            )
+        """Reads a table.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        try:
+            with np.load(path) as arrays:
+                meta = json.loads(str(arrays["meta"]))
+                columns = [arrays[name] for name in _COLUMNS]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(
+                f"{path}: cannot be read ({error}); delete it and evaluate again"
+            ) from error
+        return cls(*columns, meta)
 
     @classmethod
     def load_if_same(cls, path: Path, identity: str) -> "TokenTable | None":
-        """The table when `path` was written for `identity`; None when absent, older or broken."""
-        if not path.exists():
-            return None
+        """The table when `path` was written for `identity`; None when absent, older or damaged."""
         try:
             table = cls.load(path)
-        except (ValueError, OSError, KeyError, EOFError):
+        except ValueError:
             return None
         return table if table.meta.get("identity") == identity else None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Either the whole content stands under `path`, or what stood there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pass_identity(scoring: Pass, model: str, data: str) -> str:

@@ -1,0 +1,162 @@
+"""Paired verdicts between two evaluated models: who is better at each context, if anyone is.
+
+Both models are scored on the same targets of the same documents; the difference is taken token by
+token, summed by document, and its interval is over documents. A verdict names a winner only when
+that interval excludes zero. What cannot be compared is refused: other data, other protocol
+settings, another boundary policy, a failed gate. With another tokenizer only bits per byte compare,
+and only where both scored the same bytes of every document.
+
+Surprising: pairing is what makes small gaps visible. On 50 documents the interval of a single
+model's loss is some 0.09 nat wide each way; that of a paired difference can be 0.004.
+
+Many contexts are many tests: an interval is one of one context. One training run is one seed, and
+no interval over documents covers the spread between seeds.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals import stats
+from evals.perplexity import SCHEMA
+from evals.store import TokenTable
+
+NO_DIFFERENCE = "no difference shown"
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """One evaluated model: its result.json and its token store.
+
+    Attributes:
+        name: for tables and plots.
+        result: the content of result.json.
+        tables: pass name -> scored tokens.
+    """
+
+    name: str
+    result: dict[str, Any]
+    tables: dict[str, TokenTable]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The paired difference a - b of one metric in one pass; lower is better."""
+
+    protocol: str
+    context: int | None
+    metric: str
+    difference: stats.Estimate
+    verdict: str
+
+
+def load(path: Path, suite: str = "perplexity") -> EvalRun:
+    """Reads an evaluation from its folder or from its run's folder.
+
+    Raises:
+        ValueError: nothing was evaluated there, or the store lacks a pass.
+    """
+    folders = [path, path / "eval" / suite]
+    found = [folder for folder in folders if (folder / "result.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"{path}: no result.json there or in eval/{suite}; evaluate it first: "
+            f"python launch/evaluate.py run={path} suite={suite} contexts=64..8192"
+        )
+    result = json.loads((found[0] / "result.json").read_bytes())
+    if result.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{found[0]}/result.json: schema={result.get('schema')}, this code reads {SCHEMA}; "
+            "evaluate it again"
+        )
+    tables = {}
+    for record in result["protocols"]:
+        tables[record["pass"]] = TokenTable.load(found[0] / "tokens" / f"{record['pass']}.npz")
+    return EvalRun(result["name"], result, tables)
+
+
+def incomparable(a: EvalRun, b: EvalRun) -> list[str]:
+    """Why two runs cannot be compared, one line per reason; empty when they can."""
+    reasons = []
+    for run in (a, b):
+        failed = [gate["name"] for gate in run.result["gates"] if not gate["passed"]]
+        if failed:
+            reasons.append(f"{run.name}: gates failed: {', '.join(failed)}")
+    same_tokenizer = _same(a, b, "tokenizer", "sha256")
+    identity = "fingerprint" if same_tokenizer else "text_sha256"
+    for key in (identity, "split"):
+        if not _same(a, b, "data", key):
+            reasons.append(
+                f"data.{key} differs: {a.result['data'].get(key)} and {b.result['data'].get(key)}"
+            )
+    if a.result["data"]["n_docs"] != b.result["data"]["n_docs"]:
+        reasons.append(
+            f"data.n_docs differs: {a.result['data']['n_docs']} and {b.result['data']['n_docs']}; "
+            "use the same limit="
+        )
+    if a.result["policy"] != b.result["policy"]:
+        reasons.append(f"policy differs: {a.result['policy']} and {b.result['policy']}")
+    if not reasons and not _shared_passes(a, b):
+        reasons.append(
+            f"no pass in common: {', '.join(a.tables)} and {', '.join(b.tables)}; evaluate both "
+            "with the same contexts and protocols"
+        )
+    return reasons
+
+
+def compare(a: EvalRun, b: EvalRun) -> list[Verdict]:
+    """Verdicts for every pass both runs have; bits per byte, and nats per token where they compare.
+
+    Raises:
+        ValueError: the runs are not comparable; every reason is named.
+    """
+    reasons = incomparable(a, b)
+    if reasons:
+        raise ValueError(f"{a.name} and {b.name} are not comparable: " + "; ".join(reasons))
+    verdicts = []
+    for name in _shared_passes(a, b):
+        table_a, table_b = a.tables[name], b.tables[name]
+        (bits_a, n_bytes), (bits_b, _) = table_a.bits_and_bytes(), table_b.bits_and_bytes()
+        with_text = int((table_a.n_bytes > 0).sum())
+        if n_bytes.sum():
+            difference = stats.paired(bits_a, bits_b, n_bytes, with_text)
+            verdicts.append(_verdict(a, b, table_a, "bpb", difference))
+        if _same(a, b, "tokenizer", "sha256") and _charge_specials(a, b):
+            (nats_a, tokens), (nats_b, _) = table_a.nats_and_tokens(), table_b.nats_and_tokens()
+            difference = stats.paired(nats_a, nats_b, tokens)
+            verdicts.append(_verdict(a, b, table_a, "nll", difference))
+    return verdicts
+
+
+def _shared_passes(a: EvalRun, b: EvalRun) -> list[str]:
+    same_tokenizer = _same(a, b, "tokenizer", "sha256")
+    shared = []
+    for name, table in a.tables.items():
+        other = b.tables.get(name)
+        if other is None or table.meta["settings"] != other.meta["settings"]:
+            continue
+        same_bytes = np.array_equal(table.bits_and_bytes()[1], other.bits_and_bytes()[1])
+        if table.same_tokens(other) if same_tokenizer else same_bytes:
+            shared.append(name)
+    return shared
+
+
+def _charge_specials(a: EvalRun, b: EvalRun) -> bool:
+    """A byte model such as the n-gram gives no loss to EOS: then nats per token do not compare."""
+    return all(run.result["model"].get("charges_specials", True) for run in (a, b))
+
+
+def _same(a: EvalRun, b: EvalRun, section: str, key: str) -> bool:
+    return a.result[section].get(key) == b.result[section].get(key)
+
+
+def _verdict(
+    a: EvalRun, b: EvalRun, table: TokenTable, metric: str, difference: stats.Estimate
+) -> Verdict:
+    text = NO_DIFFERENCE
+    if difference.excludes_zero():
+        text = f"{a.name if difference.value < 0 else b.name} better"
+    return Verdict(table.meta["protocol"], table.meta["context"], metric, difference, text)

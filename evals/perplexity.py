@@ -1,0 +1,345 @@
+"""The perplexity suite: score passes, check the gates, derive every metric from the token store.
+
+    OUT/tokens/PASS.npz   per-token losses, the only thing a model was needed for
+    OUT/result.json       identity of model, data and protocols; gates; metrics; cost
+    OUT/curve.csv         the metrics as a table
+    OUT/curve.png         bits per byte and gain over context
+
+A finished pass is kept: a second run with the same weights, data and protocol rescores nothing.
+`result.json` of an interrupted and resumed run differs from an uninterrupted one in `created`,
+`command` and `cost` only.
+
+Metrics, with S the summed loss over a set of tokens and a 95 % interval by document for each:
+
+    nll        S / tokens, in nats                  token_ppl   exp(nll)
+    bpb        S / (ln 2 bytes) over tokens that stand for text
+    bpb_eos    the same with EOS charged, in the numerator only (lm-eval's convention)
+    gain       nll(C_0) - nll(C), paired: what the context beyond the smallest one buys
+    gain_beyond_training   nll(C_L) - nll(C), C_L the largest context within the training length
+"""
+
+import csv
+import io
+import itertools
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evals import gates, plots, protocols, stats
+from evals.documents import EvalDocuments
+from evals.protocols import Pass
+from evals.score import ScoredModel, score
+from evals.store import TokenTable, pass_identity, write_bytes
+
+SCHEMA = "longspan.eval.perplexity/1"
+PROTOCOLS = ("fixed", "position", "stream", "nonoverlap")
+
+Metric = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PerplexityOptions:
+    """What to score. Lengths in tokens.
+
+    Attributes:
+        contexts: of `fixed`; the largest is also the length of `position`.
+        protocols: any of `PROTOCOLS`.
+        span_tokens: T of `fixed`; None: 64, at most a quarter of the smallest context.
+        spans_per_document: target spans of `fixed`; more narrow the intervals within documents.
+        phase_grid: the span starts spread over the phases of this many tokens.
+        stream_tokens: first tokens of each document for `stream` and `nonoverlap`; None: all.
+        segment_tokens: of `stream`: how much runs at once before the state is handed on.
+        window_tokens: L of `nonoverlap`; None: the training length.
+        batch_tokens: inputs per forward.
+    """
+
+    contexts: tuple[int, ...]
+    protocols: tuple[str, ...] = PROTOCOLS
+    span_tokens: int | None = None
+    spans_per_document: int = 4
+    phase_grid: int = 512
+    stream_tokens: int | None = None
+    segment_tokens: int = 2048
+    window_tokens: int | None = None
+    batch_tokens: int = 16_384
+
+    def problems(self) -> list[str]:
+        """One line per bad value; empty when all is well."""
+        found = []
+        if not self.contexts or min(self.contexts) < 1:
+            found.append(f"contexts={list(self.contexts)}: at least one, each >= 1")
+        unknown = sorted(set(self.protocols) - set(PROTOCOLS))
+        if unknown or not self.protocols:
+            found.append(
+                f"protocols={','.join(self.protocols)}: choose from {', '.join(PROTOCOLS)}"
+            )
+        for name in (
+            "span_tokens",
+            "spans_per_document",
+            "phase_grid",
+            "stream_tokens",
+            "segment_tokens",
+            "window_tokens",
+            "batch_tokens",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name}={value}: must be at least 1")
+        return found
+
+
+def plan(lengths: Sequence[int], options: PerplexityOptions, train_length: int) -> list[Pass]:
+    """All passes of the suite, in the order of `options.protocols`."""
+    window = options.window_tokens or train_length
+    passes: list[Pass] = []
+    for name in options.protocols:
+        if name == "fixed":
+            passes += protocols.fixed(
+                lengths,
+                options.contexts,
+                options.span_tokens,
+                options.spans_per_document,
+                options.phase_grid,
+            )
+        elif name == "position":
+            passes += protocols.position(lengths, max(options.contexts))
+        elif name == "stream":
+            passes += protocols.stream(lengths, options.segment_tokens, options.stream_tokens)
+        else:
+            passes += protocols.nonoverlap(lengths, window, options.stream_tokens)
+    return passes
+
+
+def run(
+    model: ScoredModel,
+    documents: EvalDocuments,
+    options: PerplexityOptions,
+    out_dir: Path,
+    *,
+    name: str,
+    train_length: int,
+    provenance: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs the suite and writes its files.
+
+    Args:
+        model: the model, in evaluation mode.
+        documents: held-out documents.
+        options: what to score.
+        out_dir: where the files go; finished passes found there are kept.
+        name: the run's name in tables and plots.
+        train_length: tokens of a training segment, marked in every plot.
+        provenance: further facts for `model` in result.json, and `command`.
+        progress: show bars.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: an option is wrong, or no document is long enough.
+        GateFailure: a gate did not hold; earlier results in `out_dir` are gone by then.
+    """
+    problems = options.problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    passes = plan(documents.lengths, options, train_length)
+    for stale in ("result.json", "curve.csv", "curve.png"):
+        (out_dir / stale).unlink(missing_ok=True)
+
+    before = model.fingerprint()
+    longest = max(item.stop - item.start - 1 for scoring in passes for item in scoring.items)
+    gate_results = gates.check_model(model, documents, max(longest, 4 * train_length))
+    gates.require(gate_results)
+
+    tables: dict[str, TokenTable] = {}
+    for scoring in passes:
+        path = out_dir / "tokens" / f"{scoring.name}.npz"
+        identity = pass_identity(scoring, f"{before}:{model.precision}", documents.fingerprint)
+        table = TokenTable.load_if_same(path, identity)
+        if table is None:
+            table = score(
+                model,
+                documents,
+                scoring,
+                batch_tokens=options.batch_tokens,
+                progress=progress,
+                identity=identity,
+            )
+            coverage = gates.check_coverage(scoring, table)
+            gates.require([coverage])
+            table.save(path)
+        else:
+            coverage = gates.check_coverage(scoring, table)
+        gate_results.append(coverage)
+        tables[scoring.name] = table
+    gate_results.append(gates.check_unchanged(before, model.fingerprint()))
+    gates.require(gate_results)
+
+    provenance = dict(provenance or {})
+    result = {
+        "schema": SCHEMA,
+        "suite": "perplexity",
+        "name": name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": provenance.pop("command", ""),
+        "model": {
+            **provenance,
+            "weights_sha256": before,
+            "precision": model.precision,
+            "vocab_size": model.vocab_size,
+            "reset_grid": model.reset_grid,
+            "train_length": train_length,
+        },
+        "tokenizer": {
+            "sha256": documents.tokenizer_sha256,
+            "vocab_size": documents.vocab_size,
+            "lossless": documents.lossless(),
+        },
+        "data": {
+            **documents.source,
+            "fingerprint": documents.fingerprint,
+            "text_sha256": documents.text_sha256(),
+            "n_docs": len(documents.tokens),
+            "n_tokens": sum(documents.lengths),
+            "n_bytes": sum(documents.raw_bytes),
+        },
+        "protocols": [_protocol_record(scoring, tables[scoring.name]) for scoring in passes],
+        "policy": {"bos": "before each document's first token", "documents": "isolated"},
+        "env": environment(model.device),
+        "gates": [gate.as_dict() for gate in gate_results],
+        "metrics": derive(list(tables.values()), train_length),
+        "cost": [
+            {"pass": key, "context": table.meta["context"], **table.meta["cost"]}
+            for key, table in tables.items()
+        ],
+    }
+    write_bytes(out_dir / "curve.csv", curve_csv(result["metrics"]).encode())
+    write_bytes(out_dir / "curve.png", plots.to_png(plots.curve_figure([result])))
+    write_bytes(out_dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def derive(tables: Sequence[TokenTable], train_length: int) -> list[Metric]:
+    """Every metric of the suite, from the token store alone."""
+    metrics: list[Metric] = []
+    for table in tables:
+        metrics += _level_metrics(table)
+        if table.meta["protocol"] in ("position", "stream"):
+            metrics += _position_metrics(table)
+    fixed = [table for table in tables if table.meta["protocol"].startswith("fixed")]
+    if len(fixed) > 1:
+        metrics += _gain_metrics("gain", fixed[0], fixed[1:])
+        within = [table for table in fixed if table.meta["context"] <= train_length]
+        beyond = fixed[len(within) :]
+        if within and beyond:
+            metrics += _gain_metrics("gain_beyond_training", within[-1], beyond)
+    return metrics
+
+
+def _level_metrics(table: TokenTable) -> list[Metric]:
+    nats, tokens = table.nats_and_tokens()
+    bits, n_bytes = table.bits_and_bytes()
+    nll = stats.ratio(nats, tokens)
+    metrics = [_metric("nll", "nats/token", table, nll)]
+    perplexity = nll.as_dict()
+    perplexity["value"] = float(np.exp(nll.value))
+    if nll.ci95 and nll.se is not None:
+        perplexity["se"] = float(np.exp(nll.value) * nll.se)
+        perplexity["ci95"] = [float(np.exp(edge)) for edge in nll.ci95]
+    metrics.append({**_metric("token_ppl", "per token", table, nll), **perplexity})
+    if n_bytes.sum():
+        with_text = int((table.n_bytes > 0).sum())
+        metrics.append(_metric("bpb", "bits/byte", table, stats.ratio(bits, n_bytes, with_text)))
+        if with_text < len(table.nll):
+            charged = stats.ratio(nats / np.log(2.0), n_bytes, len(table.nll))
+            metrics.append(_metric("bpb_eos", "bits/byte", table, charged))
+    return metrics
+
+
+def _position_metrics(table: TokenTable) -> list[Metric]:
+    """l(i) in log-spaced buckets of position."""
+    edges = protocols.log_buckets(int(table.position.max()) + 1)
+    metrics = []
+    for low, high in itertools.pairwise(edges):
+        rows = (table.position >= low) & (table.position < high)
+        nats, tokens = table.select(rows).nats_and_tokens()
+        metric = _metric("nll_at_position", "nats/token", table, stats.ratio(nats, tokens))
+        metrics.append({**metric, "position": [int(low), int(high)]})
+    return metrics
+
+
+def _gain_metrics(name: str, base: TokenTable, others: Sequence[TokenTable]) -> list[Metric]:
+    """Paired gains over one context, with a band that holds all of them at once."""
+    base_nats, tokens = base.nats_and_tokens()
+    gains = np.stack([base_nats - other.nats_and_tokens()[0] for other in others], axis=1)
+    reached = tokens > 0
+    weights = np.repeat(tokens[reached, None], len(others), axis=1)
+    band = stats.simultaneous_band(gains[reached], weights)
+    metrics = []
+    for k, other in enumerate(others):
+        metric = _metric(name, "nats/token", other, stats.ratio(gains[:, k], tokens))
+        edges = None if np.isnan(band[k]).any() else [float(edge) for edge in band[k]]
+        metrics.append({**metric, "baseline_context": base.meta["context"], "band95": edges})
+    return metrics
+
+
+def _metric(name: str, unit: str, table: TokenTable, estimate: stats.Estimate) -> Metric:
+    return {
+        "name": name,
+        "unit": unit,
+        "protocol": table.meta["protocol"],
+        "context": table.meta["context"],
+        **estimate.as_dict(),
+    }
+
+
+def _protocol_record(scoring: Pass, table: TokenTable) -> dict[str, Any]:
+    return {
+        "pass": scoring.name,
+        "id": scoring.protocol,
+        "context": scoring.context,
+        "settings": scoring.settings,
+        "n_docs": len(np.unique(table.doc)),
+        "n_tokens": len(table.nll),
+        "context_seen": [int(table.context.min()), int(table.context.max())],
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware behind the numbers."""
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def curve_csv(metrics: Sequence[Metric]) -> str:
+    """All metrics as one table."""
+    columns = "protocol name unit context position_from position_to value se ci95_low ci95_high"
+    columns += " band95_low band95_high n_docs n_tokens n_docs_low"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns.split(), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for metric in metrics:
+        row = dict(metric)
+        for key, targets in (
+            ("position", ("position_from", "position_to")),
+            ("ci95", ("ci95_low", "ci95_high")),
+            ("band95", ("band95_low", "band95_high")),
+        ):
+            row.update(zip(targets, row.get(key) or (), strict=False))
+        writer.writerow(row)
+    return text.getvalue()

@@ -1,0 +1,175 @@
+"""Figures of the perplexity suite: loss and gain over context (log2), with 95 % intervals.
+
+Figures are drawn from `result.json` records, one or several runs on one plot.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+COLOURS = ("#1f6feb", "#d1480f", "#1a7f4b", "#8250df", "#b0367a", "#6b7280")
+REFERENCE_COLOUR = "#57606a"
+
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.8,
+    "axes.edgecolor": "#9ca3af",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "longspan",
+}
+
+Result = dict[str, Any]
+
+
+def series(result: Result, name: str, protocol: str = "fixed") -> list[dict[str, Any]]:
+    """The metrics of one name and protocol family, by context or position."""
+    return [
+        metric
+        for metric in result["metrics"]
+        if metric["name"] == name and metric["protocol"].split("(")[0] == protocol
+    ]
+
+
+def curve_figure(results: Sequence[Result], reference: dict[str, Any] | None = None) -> Figure:
+    """Bits per byte, gain, and loss by position, for every protocol the runs have.
+
+    Args:
+        results: one or several runs' result.json.
+        reference: `{"name", "value", "ci95"}` of a model without a context axis (the n-gram), drawn
+            as a horizontal line.
+    """
+    panels = [
+        draw
+        for draw, needed in (
+            (_draw_bpb, [("bpb", "fixed")]),
+            (_draw_gain, [("gain", "fixed")]),
+            (_draw_position, [("nll_at_position", "stream"), ("nll_at_position", "position")]),
+        )
+        if any(series(result, *key) for result in results for key in needed)
+    ]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.6 * max(len(panels), 1), 4.2), layout="constrained")
+        axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+        for axis, draw in zip(axes, panels, strict=False):
+            draw(axis, results)
+            _mark_training_length(axis, results)
+            if draw is _draw_bpb and reference:
+                _draw_reference(axis, reference)
+            axis.legend(loc="best", fontsize=9)
+        if not panels:
+            axes[0].set_axis_off()
+            axes[0].text(0.5, 0.5, "no curve: protocols without contexts", ha="center")
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file's content."""
+    content = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(content, format="png", dpi=130)
+    return content.getvalue()
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG element to put into HTML: text as paths, no fonts needed."""
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _draw_bpb(axis: Axes, results: Sequence[Result]) -> None:
+    for result, colour in zip(results, _colours(results), strict=True):
+        metrics = series(result, "bpb")
+        _line(axis, [m["context"] for m in metrics], metrics, "ci95", result["name"], colour)
+    _context_axis(axis, "context (tokens)")
+    axis.set_ylabel("bits per byte")
+    axis.set_title("Same target tokens, growing context (95 % by document)")
+
+
+def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
+    baseline = None
+    for result, colour in zip(results, _colours(results), strict=True):
+        metrics = series(result, "gain")
+        if metrics:
+            baseline = metrics[0]["baseline_context"]
+        _line(axis, [m["context"] for m in metrics], metrics, "band95", result["name"], colour)
+    axis.axhline(0.0, color=REFERENCE_COLOUR, linewidth=0.8)
+    _context_axis(axis, "context (tokens)")
+    axis.set_ylabel("nats per token")
+    axis.set_title(f"Gain over {baseline} tokens of context (simultaneous band)")
+
+
+def _draw_position(axis: Axes, results: Sequence[Result]) -> None:
+    for result, colour in zip(results, _colours(results), strict=True):
+        protocol = "stream" if series(result, "nll_at_position", "stream") else "position"
+        # The first token's bucket [0, 1) has no place on a log axis and its loss no context.
+        metrics = [m for m in series(result, "nll_at_position", protocol) if m["position"][0] > 0]
+        middles = [(m["position"][0] * m["position"][1]) ** 0.5 for m in metrics]
+        _line(axis, middles, metrics, "ci95", f"{result['name']} ({protocol})", colour)
+    _context_axis(axis, "position in the document (tokens)")
+    axis.set_ylabel("nats per token")
+    axis.set_title("Loss by position (95 % by document)")
+
+
+def _line(
+    axis: Axes,
+    x: Sequence[float],
+    metrics: Sequence[dict[str, Any]],
+    interval: str,
+    label: str,
+    colour: str,
+) -> None:
+    axis.plot(x, [m["value"] for m in metrics], "o-", ms=4, lw=1.6, color=colour, label=label)
+    if metrics and all(m.get(interval) for m in metrics):
+        low, high = zip(*(m[interval] for m in metrics), strict=True)
+        axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _mark_training_length(axis: Axes, results: Sequence[Result]) -> None:
+    lengths = {result["model"]["train_length"] for result in results}
+    for k, length in enumerate(sorted(lengths)):
+        label = f"training length {length}" if len(lengths) > 1 else "training length"
+        style = (0, (1, 2 + k))
+        axis.axvline(length, color="#111827", linestyle=style, linewidth=1.2, label=label)
+
+
+def _draw_reference(axis: Axes, reference: dict[str, Any]) -> None:
+    axis.axhline(
+        reference["value"],
+        color=REFERENCE_COLOUR,
+        linestyle="--",
+        linewidth=1.4,
+        label=f"{reference['name']} ({reference['value']:.3f})",
+    )
+    if reference.get("ci95"):
+        axis.axhspan(*reference["ci95"], color=REFERENCE_COLOUR, alpha=0.08, linewidth=0)
+
+
+def _context_axis(axis: Axes, label: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.set_xlabel(label)
+
+
+def _short(tokens: float) -> str:
+    if tokens >= 1024:
+        return f"{tokens / 1024:.4g}k"
+    return f"{tokens:.4g}"
+
+
+def _colours(results: Sequence[Result]) -> list[str]:
+    return [COLOURS[k % len(COLOURS)] for k in range(len(results))]

@@ -1,0 +1,240 @@
+"""Evaluates a trained run, or reports on evaluated ones.
+
+    python launch/evaluate.py run=runs/NAME suite=perplexity contexts=64..8192
+    python launch/evaluate.py report runs/A runs/B out=runs/report ngram=true
+
+The first writes runs/NAME/eval/perplexity/ (result.json, curve.csv, curve.png, report.html,
+tokens/*.npz); a second call rescores nothing that is there. The second puts several runs on one
+page and prints its path last. Exit codes: 0 done, 2 bad input, 3 a gate failed and no report was
+written.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from data.shards import Corpus
+from evals import baseline, compare, perplexity, report
+from evals.compare import EvalRun
+from evals.documents import from_corpus
+from evals.gates import GateFailure
+from evals.models import LanguageModelScorer
+from pretrain.training.load import load_model
+from pretrain.training.manifest import CheckpointError
+
+BAD_INPUT, GATE_FAILED = 2, 3
+
+
+@dataclass
+class EvaluateArguments:
+    """Everything `evaluate.py run=...` understands; lengths in tokens."""
+
+    run: str = ""
+    suite: str = "perplexity"
+    contexts: str = ""
+    protocols: str = ",".join(perplexity.PROTOCOLS)
+    limit: int | None = None  # documents
+    name: str = ""  # of the result folder; default: the suite
+    tag: str = "latest"  # checkpoint
+    data: str = ""  # corpus folder; default: the one the run was trained on
+    split: str = ""  # default: the run's validation split
+    device: str = "auto"
+    precision: str = "fp32"
+    span_tokens: int | None = None
+    spans_per_document: int = 4
+    stream_tokens: int | None = None
+    segment_tokens: int = 2048
+    window_tokens: int | None = None
+    batch_tokens: int = 16_384
+
+
+@dataclass
+class ReportArguments:
+    """Everything `evaluate.py report RUN ...` understands."""
+
+    out: str = ""
+    ngram: bool = False
+    suite: str = "perplexity"
+
+
+def main(argv: list[str]) -> int:
+    """Runs a command line; the exit code."""
+    try:
+        if argv and argv[0] == "report":
+            positional = [word for word in argv[1:] if "=" not in word]
+            options = [word for word in argv[1:] if "=" in word]
+            return report_runs(positional, parse(ReportArguments, options))
+        return evaluate(parse(EvaluateArguments, argv), shlex.join(["launch/evaluate.py", *argv]))
+    except (ValueError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except GateFailure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return GATE_FAILED
+
+
+def evaluate(arguments: EvaluateArguments, command: str) -> int:
+    """Scores one run and writes its folder."""
+    if not arguments.run:
+        raise ValueError("run= is missing; use run=runs/NAME contexts=64..8192")
+    if arguments.suite != "perplexity":
+        raise ValueError(f"suite={arguments.suite} is not known; use suite=perplexity")
+    run_dir = Path(arguments.run)
+    if not run_dir.is_dir():
+        raise ValueError(f"run={run_dir}: no such folder; use a run directory such as runs/NAME")
+    device = choose_device(arguments.device)
+    model, config, checkpoint = load_model(run_dir, arguments.tag)
+    train_length = config.train.seq_len
+    contexts = parse_contexts(arguments.contexts or f"64..{16 * train_length}")
+    documents = from_corpus(
+        Corpus.open(arguments.data or config.data.path, arguments.split or config.data.val_split),
+        arguments.limit,
+    )
+    out_dir = run_dir / "eval" / (arguments.name or arguments.suite)
+    result = perplexity.run(
+        LanguageModelScorer(model, device, arguments.precision),
+        documents,
+        perplexity.PerplexityOptions(
+            contexts=contexts,
+            protocols=tuple(filter(None, arguments.protocols.split(","))),
+            span_tokens=arguments.span_tokens,
+            spans_per_document=arguments.spans_per_document,
+            stream_tokens=arguments.stream_tokens,
+            segment_tokens=arguments.segment_tokens,
+            window_tokens=arguments.window_tokens,
+            batch_tokens=arguments.batch_tokens,
+        ),
+        out_dir,
+        name=config.name,
+        train_length=train_length,
+        provenance={
+            "command": command,
+            "path": str(run_dir),
+            "checkpoint": Path(checkpoint["path"]).name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_steps": checkpoint.get("step"),
+            "trained_tokens": checkpoint.get("tokens"),
+            "seed": config.seed,
+            "layers": " ".join(config.model.layers.pattern or [config.model.layers.default]),
+            "training_path": config.data.path,
+            "training_split": config.data.train_split,
+            "training_mode": config.data.mode,
+            "training_boundary": config.data.boundary,
+            "carried_state": config.train.carry_state,
+        },
+    )
+    print_table(result)
+    print(report.write([compare.load(out_dir)], out_dir))
+    return 0
+
+
+def report_runs(paths: list[str], arguments: ReportArguments) -> int:
+    """Puts evaluated runs on one page."""
+    if not paths or not arguments.out:
+        raise ValueError("report needs runs and out=; use report runs/A runs/B out=runs/report")
+    runs = [compare.load(Path(path), arguments.suite) for path in paths]
+    out_dir = Path(arguments.out)
+    ngram = evaluate_ngram(runs[0], out_dir) if arguments.ngram else None
+    page = report.write(runs, out_dir, ngram)
+    print("\n".join(report.findings(runs, ngram)))
+    print(page)
+    return 0
+
+
+def evaluate_ngram(run: EvalRun, out_dir: Path) -> EvalRun:
+    """The n-gram on a run's targets, from the corpus that the run was evaluated on."""
+    data, model = run.result["data"], run.result["model"]
+    return baseline.evaluate(
+        from_corpus(Corpus.open(data["path"], data["split"]), data["limit"]),
+        from_corpus(Corpus.open(model["training_path"], model["training_split"])),
+        run,
+        out_dir / "ngram",
+    )
+
+
+def parse(kind: type, words: list[str]) -> Any:
+    """Turns `key=value` words into a dataclass of str, int and bool fields.
+
+    Raises:
+        ValueError: a word is no key=value, its key is not known, or its value has the wrong type.
+    """
+    known = {field.name: field for field in fields(kind)}
+    values: dict[str, Any] = {}
+    problems = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            problems.append(f"{word}: not known; use KEY=VALUE with {', '.join(known)}")
+        elif known[key].type is bool:
+            values[key] = text == "true"
+            if text not in ("true", "false"):
+                problems.append(f"{word}: use true or false")
+        elif known[key].type is str:
+            values[key] = text
+        elif text.isdecimal():
+            values[key] = int(text)
+        else:
+            problems.append(f"{word}: must be a whole number")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return kind(**values)
+
+
+def parse_contexts(text: str) -> tuple[int, ...]:
+    """`64..8192` doubles from 64 to 8192; `64,512,8192` is a list.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    try:
+        if ".." in text:
+            first, last = (int(part) for part in text.split(".."))
+            if not 1 <= first <= last:
+                raise ValueError
+            contexts = [first]
+            while contexts[-1] * 2 <= last:
+                contexts.append(contexts[-1] * 2)
+            return tuple(contexts)
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"contexts={text} is neither FIRST..LAST nor a list; use 64..8192 or 64,512,8192"
+        ) from None
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: the GPU when there is one.
+
+    Raises:
+        ValueError: torch does not know the device, or it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name} cannot be used ({error}); use auto or cpu") from None
+    return device
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Bits per byte of every pass, one line each."""
+    for metric in result["metrics"]:
+        if metric["name"] == "bpb":
+            interval = "[{:.4f}, {:.4f}]".format(*metric["ci95"]) if metric["ci95"] else ""
+            context = metric["context"] or ""
+            print(
+                f"{metric['protocol']:>18} {context:>8}  {metric['value']:.4f} bpb {interval}"
+                f"  {metric['n_docs']} documents, {metric['n_tokens']:,} tokens"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

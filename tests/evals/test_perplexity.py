@@ -1,0 +1,158 @@
+"""The suite: numbers from the store alone, resumed runs equal whole ones, files are complete."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from toy_models import Bigram, Copy, Recurrent, Uniform, documents_of, markov_documents
+from toy_models import random_documents as documents_with
+
+from evals import perplexity, plots
+from evals.perplexity import PerplexityOptions
+from evals.store import TokenTable
+
+OPTIONS = PerplexityOptions(
+    contexts=(16, 32, 64), spans_per_document=3, stream_tokens=100, segment_tokens=32
+)
+
+
+def run(model, documents, out_dir, options=OPTIONS, train_length=32):
+    return perplexity.run(
+        model, documents, options, out_dir, name="toy", train_length=train_length, progress=False
+    )
+
+
+def values(result, name, protocol="fixed"):
+    return {m["context"]: m["value"] for m in plots.series(result, name, protocol)}
+
+
+def without_timing(result):
+    return {k: v for k, v in result.items() if k not in ("created", "command", "cost")}
+
+
+def test_uniform_model_reports_ln_v_and_log2_v_bits_per_byte(tmp_path):
+    result = run(Uniform(32), documents_with([200] * 3), tmp_path)
+    for protocol in perplexity.PROTOCOLS:
+        assert list(values(result, "nll", protocol).values()) == pytest.approx(
+            [np.log(32)] * len(values(result, "nll", protocol)), abs=1e-6
+        )
+        assert all(
+            value == pytest.approx(5.0, abs=1e-6)
+            for value in values(result, "bpb", protocol).values()
+        ), "one byte a token: log2(32) bits"
+        assert all(
+            value == pytest.approx(32, rel=1e-5)
+            for value in values(result, "token_ppl", protocol).values()
+        )
+    assert values(result, "gain") == pytest.approx({32: 0.0, 64: 0.0}, abs=1e-6)
+
+
+def test_bigram_oracle_reports_the_entropy_rate_of_its_source(tmp_path):
+    documents, table = markov_documents([3000] * 24, vocab_size=12, seed=1)
+    result = run(Bigram(table), documents, tmp_path)
+    text = table[4:, 4:] / table[4:, 4:].sum(1, keepdims=True)
+    stationary = np.linalg.matrix_power(text, 200)[0]
+    entropy = -(stationary[:, None] * text * np.log(text)).sum()
+    (metric,) = plots.series(result, "nll", "position")
+    assert abs(metric["value"] - entropy) < 4 * metric["se"]
+
+
+def test_copy_model_gains_exactly_where_its_source_comes_into_reach(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [np.tile(rng.integers(4, 32, 40), 8) for _ in range(4)]
+    result = run(Copy(32, lag=40), documents_of(texts, 32), tmp_path)
+    assert values(result, "gain") == pytest.approx({32: 0.0, 64: np.log(32)}, abs=1e-5)
+    assert values(result, "gain_beyond_training") == pytest.approx({64: np.log(32)}, abs=1e-5)
+
+
+def test_metrics_are_rebuilt_from_the_store_without_a_model(tmp_path):
+    result = run(Recurrent(), documents_with([220, 180, 300]), tmp_path)
+    tables = [
+        TokenTable.load(tmp_path / "tokens" / f"{record['pass']}.npz")
+        for record in result["protocols"]
+    ]
+    assert perplexity.derive(tables, 32) == result["metrics"]
+
+
+def test_finished_passes_are_not_scored_again(tmp_path):
+    documents = documents_with([220, 180, 300])
+    first = Recurrent()
+    whole = run(first, documents, tmp_path)
+    second = Recurrent()
+    again = run(second, documents, tmp_path)
+    assert without_timing(again) == without_timing(whole)
+    assert again["cost"] == whole["cost"]
+    gates_only = Recurrent()
+    perplexity.gates.check_model(gates_only, documents, 128)
+    assert len(second.calls) == len(gates_only.calls) < len(first.calls)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+    documents = documents_with([220, 180, 300])
+    whole = run(Recurrent(), documents, tmp_path / "whole")
+    original, n_scored = perplexity.score, 0
+
+    def dies_in_the_third_pass(*arguments, **options):
+        nonlocal n_scored
+        n_scored += 1
+        if n_scored == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(perplexity, "score", dies_in_the_third_pass)
+    with pytest.raises(KeyboardInterrupt):
+        run(Recurrent(), documents, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "result.json").exists()
+    resumed = run(Recurrent(), documents, tmp_path / "cut")
+    assert without_timing(resumed) == without_timing(whole)
+
+
+def test_other_weights_or_data_are_scored_anew(tmp_path):
+    documents = documents_with([220, 180, 300])
+    one = run(Recurrent(seed=0), documents, tmp_path)
+    other = run(Recurrent(seed=1), documents, tmp_path)
+    assert one["metrics"] != other["metrics"]
+    fresh = run(Recurrent(seed=1), documents, tmp_path / "fresh")
+    assert other["metrics"] == fresh["metrics"]
+
+
+def test_files_are_complete_and_agree(tmp_path):
+    result = run(Recurrent(), documents_with([220, 180, 300]), tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert [float(row["value"]) for row in rows] == [m["value"] for m in result["metrics"]]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.suffix for path in (tmp_path / "tokens").iterdir()} == {".npz"}
+    assert all(m["n_docs_low"] for m in result["metrics"])
+    for record in result["protocols"]:
+        if record["id"].startswith("fixed"):
+            assert record["context_seen"] == [record["context"], record["context"] + 3]
+    for cost in result["cost"]:
+        assert cost["tokens_per_second"] > 0
+        assert cost["peak_memory_bytes"] > 0
+
+
+def test_eos_is_charged_only_where_the_metric_says_so(tmp_path):
+    result = run(Uniform(32), documents_with([60] * 2), tmp_path, PerplexityOptions(contexts=(16,)))
+    (plain,) = plots.series(result, "bpb", "stream")
+    (charged,) = plots.series(result, "bpb_eos", "stream")
+    assert plain["n_tokens"] == 120
+    assert charged["n_tokens"] == 122
+    assert charged["value"] == pytest.approx(plain["value"] * 61 / 60)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contexts": ()}, "contexts="),
+        ({"contexts": (0, 64)}, "contexts="),
+        ({"contexts": (64,), "protocols": ("fixed", "slide")}, "protocols=fixed,slide"),
+        ({"contexts": (64,), "batch_tokens": 0}, "batch_tokens=0"),
+        ({"contexts": (64,), "stream_tokens": -1, "spans_per_document": 0}, "spans_per_document=0"),
+        ({"contexts": (64, 4096)}, "contexts=4096 leaves no target"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(Uniform(32), documents_with([100] * 2), tmp_path, PerplexityOptions(**options))
