@@ -22,8 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import zstandard
-
 COMPRESSIONS = (".gz", ".xz", ".zst")
 FORMATS = (".txt", ".jsonl", ".parquet")
 # A compressed file can only be read from its start: more units per file would mostly decompress.
@@ -155,7 +153,8 @@ def read_unit(unit: Unit, text_field: str) -> Iterator[Document]:
 def _read_jsonl(unit: Unit, text_field: str) -> Iterator[Document]:
     with _naming(unit.path), _open_lines(unit.path) as stream:
         first = unit.start if unit.offset else 0
-        stream.seek(unit.offset)
+        if unit.offset:
+            stream.seek(unit.offset)
         for row, line in enumerate(stream, first):
             if row >= unit.stop:
                 break
@@ -172,7 +171,7 @@ def _read_jsonl(unit: Unit, text_field: str) -> Iterator[Document]:
 
 
 def _read_parquet(unit: Unit, text_field: str) -> Iterator[Document]:
-    import pyarrow.parquet  # Takes half a second, and only this format needs it.
+    import pyarrow.parquet  # Here, because it is slow to import and few formats need it.
 
     with pyarrow.parquet.ParquetFile(unit.path) as table:
         row = 0
@@ -237,7 +236,9 @@ def _open_lines(path: str) -> BinaryIO:
     if path.endswith(".xz"):
         return cast(BinaryIO, lzma.open(path, "rb"))
     if path.endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(zstandard.open(path, "rb")))
+        import pyarrow  # Unlike the zstandard package it notices a file that is cut off.
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(path, compression="zstd")))
     return open(path, "rb")
 
 
@@ -246,7 +247,7 @@ def _naming(path: str) -> Iterator[None]:
     """Turns whatever reading a damaged file raises into one error that names it."""
     try:
         yield
-    except (EOFError, OSError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
             f"data: {path!r} cannot be read, is damaged or cut off ({error}); fetch it again"
         ) from error

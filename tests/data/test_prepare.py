@@ -1,0 +1,342 @@
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_config, make_text, write_jsonl
+
+from data.prepare import OutputError, prepare
+from data.shards import Corpus, verify
+from data.sources import hash_file, plan_units
+from data.tokenizer import BytesTokenizer
+from data.units import WorkerKilledError, write_units
+from launch.prepare import load_prepare_config, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Ends itself with SIGKILL instead of the n-th rename. A file's content is on disk by then, under
+# its temporary name: the worst moment.
+KILLED = """
+import os, signal, sys
+renames_left = int(sys.argv.pop(1))
+rename = os.replace
+def replace(*arguments):
+    global renames_left
+    if renames_left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames_left -= 1
+    rename(*arguments)
+os.replace = replace
+from launch.prepare import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def arguments(source: Path, out: Path, *more: str) -> list[str]:
+    return [f"data={source}", f"out={out}", "tokenizer=bytes", "unit_bytes=4000", *more]
+
+
+def start(*command: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def test_any_number_of_workers_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    settings = {"tokenizer": "unigram", "vocab_size": 330}
+    for workers in (1, 2):
+        prepare(make_config(source, tmp_path / f"{workers}", workers=workers, **settings))
+    one, two = hashes(tmp_path / "1"), hashes(tmp_path / "2")
+    assert one == two
+    assert len(one) > 10
+
+
+def kill_and_resume(source: Path, out: Path, renames: int) -> None:
+    process = start("-c", KILLED, str(renames), *arguments(source, out))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, output
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        Corpus.open(out)
+    assert list(out.rglob("*.tmp")), "killed in the middle of a write"
+    assert main(arguments(source, out)) == 0
+
+
+def renames_of(folder: Path) -> int:
+    return len(hashes(folder))  # Every file is renamed into place, once.
+
+
+@pytest.mark.parametrize("point", ["between the files of a shard", "before the manifest"])
+def test_killed_and_resumed_writes_the_same_bytes(
+    source: Path, prepared: Path, tmp_path: Path, point: str, capsys: pytest.CaptureFixture
+) -> None:
+    renames = 6 if point == "between the files of a shard" else renames_of(prepared) - 1
+    kill_and_resume(source, tmp_path / "corpus", renames)
+    assert hashes(tmp_path / "corpus") == hashes(prepared)
+    assert "were finished before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_at_every_point_and_resumed_writes_the_same_bytes(
+    source: Path, prepared: Path, tmp_path: Path
+) -> None:
+    for renames in range(renames_of(prepared)):
+        kill_and_resume(source, tmp_path / str(renames), renames)
+        assert hashes(tmp_path / str(renames)) == hashes(prepared)
+
+
+def test_workers_die_with_a_killed_parent_and_their_work_is_resumed(tmp_path: Path) -> None:
+    generator = random.Random(1)
+    source = write_jsonl(tmp_path / "a.jsonl", [make_text(generator, 3000) for _ in range(200)])
+    out = tmp_path / "corpus"
+    command = (str(ROOT / "launch/prepare.py"), *arguments(source, out, "workers=2"))
+    process = start(*command, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("train/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait(timeout=10)
+    assert not (out / "manifest.json").exists(), "killed too late: the source is too small"
+    # The group outlives its leader as long as one worker does.
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("a worker outlived its parent by a minute")
+    assert main(arguments(source, out, "workers=2")) == 0
+    assert main(arguments(source, tmp_path / "at once")) == 0
+    assert hashes(out) == hashes(tmp_path / "at once")
+
+
+def test_a_corpus_that_stands_is_left_alone(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for _ in range(2):
+        assert main(arguments(source, tmp_path / "corpus")) == 0
+    assert "stands already: nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", ["00001.bin", "00001.json", "00000.idx"])
+def test_a_lost_shard_is_made_again(source: Path, tmp_path: Path, lost: str) -> None:
+    """The fix that the error message for a damaged shard names."""
+    out = tmp_path / "corpus"
+    assert main(arguments(source, out)) == 0
+    before = hashes(out)
+    (out / "train" / lost).unlink()
+    (out / "manifest.json").unlink()
+    assert main(arguments(source, out)) == 0
+    assert hashes(out) == before
+
+
+def test_other_inputs_for_the_same_folder_are_refused_by_name(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "corpus"
+    assert main(arguments(source, out)) == 0
+    before = hashes(out)
+    assert main(arguments(source, out, "n_sentinels=5")) == 2
+    assert "tokenizer.n_sentinels: there 0, now 5" in capsys.readouterr().err
+    changed = write_jsonl(tmp_path / source.name, ["another text"])
+    assert main(arguments(changed, out)) == 2
+    assert "files.train.texts.jsonl" in capsys.readouterr().err
+    assert hashes(out) == before
+
+
+def test_a_foreign_folder_is_not_written_to(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert main(arguments(source, tmp_path)) == 2
+    assert "not empty, and no corpus" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_two_preparations_of_one_folder_exclude_each_other(source: Path, tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(OutputError, match="another preparation is writing there"):
+            prepare(make_config(source, tmp_path))
+    finally:
+        os.close(folder)
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(
+    source: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "corpus"
+    fsync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match=r"cannot be written \(No space left on device.*make"):
+            prepare(make_config(source, out))
+    assert not list(out.rglob("*.tmp"))
+    finished = list(out.glob("train/*.json"))
+    times = [path.stat().st_mtime_ns for path in finished]
+    assert finished
+    prepare(make_config(source, out))
+    assert [path.stat().st_mtime_ns for path in finished] == times, "finished shards are kept"
+    assert hashes(out) == hashes(prepared)
+
+
+def test_a_file_size_limit_ends_in_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    """The same as a full disk, met by a real process and its workers."""
+    generator = random.Random(2)
+    source = write_jsonl(tmp_path / "a.jsonl", [make_text(generator, 3000) for _ in range(3)])
+    process = start(
+        str(ROOT / "launch/prepare.py"),
+        *arguments(source, tmp_path / "corpus", "workers=2"),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "cannot be written (File too large" in output
+    assert "Traceback" not in output
+
+
+def test_an_unwritable_folder_is_one_clear_error(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(source, tmp_path / "file" / "corpus")) == 1
+    assert "cannot be written (Not a directory" in capsys.readouterr().err
+
+
+class _Poison:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_killed_worker_is_noticed(source: Path) -> None:
+    file = hash_file(source.name, str(source))
+    todo = [(unit, _Poison()) for unit in plan_units(file, 4000, "text")]
+    with pytest.raises(WorkerKilledError, match="out of memory"):
+        write_units(todo, "text", BytesTokenizer(), 2, lambda n: None)
+
+
+def test_empty_documents_are_counted_and_left_out(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["", "one", "", " "])
+    manifest = prepare(make_config(source, tmp_path / "corpus"))
+    assert manifest["splits"]["train"]["empty"] == 2
+    corpus = Corpus.open(tmp_path / "corpus")
+    assert corpus.source_row.tolist() == [1, 3]
+    source = write_jsonl(tmp_path / "b.jsonl", [""])
+    prepare(make_config(source, tmp_path / "nothing"))
+    assert Corpus.open(tmp_path / "nothing").n_tokens == 0
+    assert verify(tmp_path / "nothing") == []
+
+
+def test_the_manifest_states_what_was_measured(
+    source: Path, texts: list[str], tmp_path: Path
+) -> None:
+    manifest = prepare(
+        make_config(source, tmp_path / "corpus", tokenizer="unigram", vocab_size=330)
+    )
+    train = manifest["splits"]["train"]
+    assert train["documents"] == len(texts)
+    assert train["raw_bytes"] == sum(len(text.encode()) for text in texts)
+    assert train["words"] == sum(len(text.split()) for text in texts)
+    assert train["roundtrip_exact"] == train["roundtrip_checked"] == len(texts)
+    assert train["unk"] == 0
+    assert train["longest"] == Corpus.open(tmp_path / "corpus").doc_lengths.max()
+    assert manifest["tokenizer"]["special_ids"] == {"pad": 0, "bos": 1, "eos": 2, "unk": 3}
+    assert str(tmp_path) not in json.dumps(manifest), "no place of this machine in the fingerprint"
+
+
+def test_a_given_model_is_used_as_it_is(source: Path, tmp_path: Path) -> None:
+    prepare(make_config(source, tmp_path / "a", tokenizer="unigram", vocab_size=330))
+    model = tmp_path / "a" / "tokenizer.model"
+    prepare(make_config(source, tmp_path / "b", tokenizer=str(model)))
+    assert (tmp_path / "b" / "tokenizer.model").read_bytes() == model.read_bytes()
+    a, b = Corpus.open(tmp_path / "a"), Corpus.open(tmp_path / "b")
+    assert a.document(3).tolist() == b.document(3).tolist()
+
+
+def test_the_bundled_sample_is_what_its_note_says() -> None:
+    folder = ROOT / "data" / "sample"
+    note = (folder / "SOURCE.md").read_text()
+    sizes = []
+    for split in ("train", "validation"):
+        file = hash_file(split, str(folder / f"{split}.jsonl.xz"))
+        assert file.sha256 in note
+        sizes.append(file.bytes)
+    assert sum(sizes) <= 6_000_000
+
+
+def test_named_data_configs_give_a_complete_configuration() -> None:
+    config = load_prepare_config(["data=books_sample", "out=corpora/x", "workers=2"])
+    assert set(config.splits) == {"train", "validation"}
+    assert (config.out, config.workers, config.tokenizer) == ("corpora/x", 2, "unigram")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["data=books_sampel", "out=x"], "did you mean 'books_sample'?"),
+        (["data=books_sample", "out=x", "vocab_sise=3"], "did you mean 'vocab_size'?"),
+        (["data=books_sample", "out=x", "workers=two"], "workers=two: Value 'two'"),
+        (["data=books_sample"], "out: missing"),
+        (["out=x"], "splits: missing"),
+        (["data=books_sample", "out=x", "workers=0"], "workers=0: must be at least 1"),
+        (["data=books_sample", "out=x", "train_split=trian"], "train_split=trian: no such split"),
+        (
+            ["data=books_sample", "out=x", "tokenizer=no.model"],
+            "tokenizer=no.model: cannot be read",
+        ),
+        (["data=/nowhere/*.txt", "out=x"], "nothing at '/nowhere/*.txt'"),
+        (["data=nowhere.yaml", "out=x"], "data=nowhere.yaml: no such file"),
+        (["verify"], "verify: give one corpus folder"),
+        (["verify", "/nowhere"], "corpus /nowhere: no manifest.json"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(
+    given: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verify_exits_with_1_for_a_damaged_corpus(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(arguments(source, tmp_path / "corpus")) == 0
+    assert main(["verify", str(tmp_path / "corpus")]) == 0
+    victim = tmp_path / "corpus" / "train" / "00001.bin"
+    victim.write_bytes(victim.read_bytes()[:-2] + b"xx")
+    assert main(["verify", str(tmp_path / "corpus")]) == 1
+    assert "00001.bin: content differs" in capsys.readouterr().err
