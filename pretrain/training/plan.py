@@ -1,0 +1,130 @@
+"""What a run will be, before it starts: sizes, FLOPs, batch triple, memory and hours.
+
+Printed by `dry_run=true` and as the first screen of every run. The model is built on the meta
+device, so a 1.3B plan needs neither a GPU nor the memory. FLOPs follow one convention: 3 x the
+forward multiply-adds of weights, visible attention keys and the useful half of the SSM's Toeplitz
+product, without recomputation; the same number is MFU's numerator.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.config import RunConfig, differences
+from pretrain.models import LanguageModel
+
+FLOP_CONVENTION = "train FLOPs = 3 x forward; attention counts visible keys only; no recomputation"
+H100_BF16_FLOPS = 989.4e12
+PLANNED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run; bytes are per rank and estimates, except parameters and optimizer."""
+
+    world_size: int
+    parameters: dict[str, int]
+    train_flops_per_token: dict[str, float]
+    grad_accum_steps: int
+    total_steps: int
+    memory_bytes: dict[str, float]
+    h100_hours: float
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_train_flops_per_token(self) -> float:
+        return sum(self.train_flops_per_token.values())
+
+
+def make_plan(config: RunConfig, world_size: int) -> Plan:
+    """Builds the model on the meta device and derives everything else.
+
+    Raises:
+        ValueError: when the model configuration is inconsistent.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    parameters = model.parameter_counts()
+    forward = model.flops_per_token(config.train.seq_len)
+    train_flops = {kind: 3.0 * flops for kind, flops in forward.items()}
+    total_flops = sum(train_flops.values()) * config.train.total_tokens
+    return Plan(
+        world_size=world_size,
+        parameters=parameters,
+        train_flops_per_token=train_flops,
+        grad_accum_steps=config.grad_accum_steps(world_size),
+        total_steps=config.total_steps,
+        memory_bytes=_memory(config, sum(parameters.values()), world_size),
+        h100_hours=total_flops / (PLANNED_MFU * H100_BF16_FLOPS * world_size) / 3600,
+    )
+
+
+def _memory(config: RunConfig, parameters: int, world_size: int) -> dict[str, float]:
+    """Bytes per rank. fp32 parameters, gradients, master copy and two Adam moments, each divided
+    by the world size from the ZeRO stage on that shards it; activations are a rule of thumb."""
+    stage, model, train = config.zero.stage, config.model, config.train
+
+    def share(sharded_from_stage: int) -> int:
+        return world_size if stage >= sharded_from_stage else 1
+
+    host = config.zero.offload_optimizer
+    activation_width = 2 if train.precision == "bf16" else 4
+    tokens = train.micro_batch_size * train.seq_len
+    # Per layer and token: mixer about 8 d, MLP about 3 d_ff + 2 d kept for the backward pass; with
+    # checkpointing only the block's input, plus one block's worth while it is recomputed.
+    kept = 10 * model.d_model + 3 * model.feed_forward_size
+    if model.activation_checkpointing:
+        per_token = model.n_layers * model.d_model + kept
+    else:
+        per_token = model.n_layers * kept
+    loss_chunk = min(tokens, model.loss_chunk_size)
+    master = 0 if stage == 0 else 4 * parameters / world_size
+    return {
+        "parameters": 4 * parameters / share(3),
+        "gradients": 4 * parameters / share(2),
+        "optimizer state": 0 if host else master + 8 * parameters / share(1),
+        "activations (estimate)": activation_width * per_token * tokens,
+        "loss chunk": 8.0 * loss_chunk * model.vocab_size,
+    }
+
+
+def describe(config: RunConfig, plan: Plan) -> str:
+    """The first screen of a run."""
+    train = config.train
+    lines = ["configuration, where it differs from the defaults:"]
+    changed = differences(config)
+    lines += [f"  {key} = {value}" for key, (_, value) in changed.items()] or ["  (nothing)"]
+    lines += ["", "parameters by layer kind", *_table(plan.parameters, "{:>16,d}")]
+    lines += [
+        "",
+        f"train FLOPs per token at {train.seq_len} tokens ({FLOP_CONVENTION})",
+        *_table(plan.train_flops_per_token, "{:>16,.0f}"),
+        "",
+        f"batch    {train.global_batch_tokens:,} tokens = micro batch {train.micro_batch_size} x "
+        f"{train.seq_len} tokens x {plan.world_size} ranks x {plan.grad_accum_steps} accumulation",
+        f"length   {train.total_tokens:,} tokens = {plan.total_steps:,} steps",
+        f"ZeRO     stage {config.zero.stage}, {train.precision}",
+        "",
+        "memory per rank",
+        *(f"  {name:<28}{_gib(size):>16}" for name, size in plan.memory_bytes.items()),
+        f"  {'total':<28}{_gib(math.fsum(plan.memory_bytes.values())):>16}",
+        "",
+        f"expected  {plan.h100_hours:.2f} h on {plan.world_size} H100 at {PLANNED_MFU:.0%} MFU",
+    ]
+    return "\n".join(lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.3f} GiB"
+
+
+def _table(rows: dict[str, int] | dict[str, float], number: str) -> list[str]:
+    total = sum(rows.values())
+    return [
+        *(f"  {kind:<28}{number.format(value)}" for kind, value in rows.items()),
+        f"  {'total':<28}{number.format(total)}",
+    ]

@@ -1,0 +1,105 @@
+"""Configuration: precedence, every problem at once, and what is saved is what is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import (
+    ConfigError,
+    RunConfig,
+    differences,
+    load_config,
+    load_saved_config,
+    save_config,
+)
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path) -> Path:
+    files = {
+        "model/small.yaml": "model: {d_model: 64, mixers: {swa: {window_size: 32}}}",
+        "model/other.yaml": "model: {d_model: 96}",
+        "zero/zero3.yaml": "zero: {stage: 3}",
+        "experiment/mine.yaml": (
+            "defaults: {model: small, zero: zero3}\n"
+            "train: {seq_len: 128, global_batch_tokens: 1K}\n"
+            "model: {n_layers: 6}"
+        ),
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.replace("1K", "1024"))
+    return tmp_path
+
+
+def test_precedence_is_defaults_then_files_then_command_line(config_dir: Path) -> None:
+    config = load_config(
+        ["experiment=mine", "train.total_tokens=10B", "model.d_model=80", "--local_rank=0"],
+        config_dir=config_dir,
+    )
+    assert config.optim.learning_rate == RunConfig().optim.learning_rate
+    assert (config.zero.stage, config.train.seq_len, config.model.n_layers) == (3, 128, 6)
+    assert config.model.mixers == {"swa": {"window_size": 32}}
+    assert config.model.d_model == 80
+    assert config.train.total_tokens == 10_000_000_000
+
+
+def test_model_picked_on_the_command_line_replaces_the_experiments(config_dir: Path) -> None:
+    config = load_config(["experiment=mine", "model=other"], config_dir=config_dir)
+    assert config.model.d_model == 96
+    assert config.model.mixers == {}
+    assert config.model.n_layers == RunConfig().model.n_layers
+
+
+def test_all_problems_are_reported_at_once_with_the_closest_match(config_dir: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            ["model=smal", "train.seqlen=128", "zero.stage=two", "nonsense", "data.path=x"],
+            config_dir=config_dir,
+        )
+    message = str(caught.value)
+    assert len(caught.value.problems) == 4
+    assert "did you mean 'small'?" in message
+    assert "did you mean 'train.seq_len'?" in message
+    assert "zero.stage=two" in message
+    assert "'nonsense': write key=value" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (
+            ["train.global_batch_tokens=500000", "train.seq_len=4096", "train.micro_batch_size=4"],
+            ["4096*4*1 = 16384", "nearest: 491520 or 507904"],
+        ),
+        (["train.carry_state=true", "data.mode=windows"], ["use data.mode=lanes"]),
+        (["train.precision=fp16"], ["must be one of bf16, fp32"]),
+        (["schedule.warmup_fraction=1.5"], ["between 0 and 1"]),
+        (["world_size=4"], ["1 process(es) were started"]),
+        (["train.total_tokens=0"], ["greater than 0"]),
+        (["train.total_tokens=ten"], ["write 4096, 64K"]),
+    ],
+)
+def test_inconsistent_values_name_key_value_reason_and_fix(
+    arguments: list[str], fragments: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments)
+    assert arguments[0].split("=")[0] in str(caught.value)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:
+    config = load_config(["train.seq_len=256", "model.mixers.swa.window_size=8", "seed=3"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_saved_config(tmp_path / "config.yaml") == config
+    assert set(differences(config)) == {"train.seq_len", "model.mixers.swa.window_size", "seed"}
+
+
+def test_every_shipped_config_loads() -> None:
+    root = Path(__file__).resolve().parents[2] / "configs"
+    for section in ("experiment", "model", "data", "zero"):
+        for path in sorted((root / section).glob("*.yaml")):
+            load_config([f"{section}={path.stem}"])
