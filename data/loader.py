@@ -194,8 +194,7 @@ class _WindowReader:
             skip = max(0, -start)
             here = slice(skip, stop - start)
             self.corpus.read(start + skip, stop, tokens[row, here], doc_id[row, here])
-            tokens[row, stop - start :] = PAD_ID
-            doc_id[row, stop - start :] = -1
+            _pad(tokens[row], doc_id[row], stop - start, self.seq_len + 1)
         return tokens, doc_id, None
 
     def epoch(self, step: int) -> int:
@@ -225,8 +224,8 @@ class _LaneReader:
                 ids = self.corpus.document(document)
                 at = bos - first  # Where BOS falls in this row; negative: in an earlier segment.
                 begin, end = max(at + 1, 0), min(at + 1 + len(ids), self.seq_len + 1)
-                _pad(tokens[row], doc_id[row], filled, max(at, 0))
                 if at >= 0:
+                    _pad(tokens[row], doc_id[row], filled, at)
                     tokens[row, at] = BOS_ID
                     if at < self.seq_len:
                         resets[row, at // self.grid] = True
@@ -234,7 +233,8 @@ class _LaneReader:
                     tokens[row, begin:end] = ids[begin - at - 1 : end - at - 1]
                 filled = max(begin, end)
                 doc_id[row, max(at, 0) : filled] = document
-            _pad(tokens[row], doc_id[row], filled, self.seq_len + 1)
+            if filled <= self.seq_len:
+                _pad(tokens[row], doc_id[row], filled, self.seq_len + 1)
         return tokens, doc_id, resets
 
     def epoch(self, step: int) -> int:

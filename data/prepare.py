@@ -12,11 +12,11 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ from data.tokenizer import (
 from data.units import SUMS, WorkerKilledError, write_units
 
 INPUTS = "inputs.json"
+_T = TypeVar("_T")
 TRAINED = ("unigram", "bpe")
 SAMPLE_PIECE_CHARS = 2**16
 
@@ -99,7 +100,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     started = time.monotonic()
     out = Path(config.out)
     files = {
-        split: [hash_file(*found) for found in find_files(location)]
+        split: [hash_file(*found) for found in _progress("hashing", find_files(location))]
         for split, location in config.splits.items()
     }
     inputs = _inputs(config, files)
@@ -120,7 +121,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             return manifest
         units = {
             split: [
-                unit for f in part for unit in plan_units(f, config.unit_bytes, config.text_field)
+                unit
+                for file in _progress("planning", part)
+                for unit in plan_units(file, config.unit_bytes, config.text_field)
             ]
             for split, part in files.items()
         }
@@ -159,6 +162,11 @@ def summary(manifest: dict[str, Any]) -> str:
         if split["empty"]:
             lines.append(f"{name}: {split['empty']} empty documents left out")
     return "\n".join(lines)
+
+
+def _progress(what: str, files: list[_T]) -> Iterable[_T]:
+    """A bar over files, for inputs large enough that one would wonder."""
+    return tqdm(files, desc=what, unit="file", delay=2)
 
 
 def _check(config: PrepareConfig) -> None:

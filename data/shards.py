@@ -395,7 +395,13 @@ def _map(path: Path) -> mmap.mmap | bytes:
     with path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_size == 0:
             return b""
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ValueError(
+                f"shard {path} cannot be mapped ({error.strerror}): each keeps a file open; raise "
+                "`ulimit -n`, or prepare fewer shards with a larger unit_bytes"
+            ) from error
 
 
 def _running_sum(counts: list[int]) -> list[int]:

@@ -13,14 +13,17 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 FORMATS = (".txt", ".jsonl", ".parquet")
@@ -123,15 +126,15 @@ def plan_units(file: SourceFile, unit_bytes: int, text_field: str) -> list[Unit]
     if kind == ".txt":
         return [Unit(file.path, file.name, 0, 1, 0, file.bytes)]
     if kind == ".parquet":
-        sizes = _row_group_sizes(file.path, text_field)
-        return _cut(file, sizes, unit_bytes, seekable=False)
+        groups = _row_group_sizes(file.path, text_field)
+        return _cut(file, groups, unit_bytes, seekable=False)
     seekable = not file.path.endswith(COMPRESSIONS)
     with _naming(file.path), _open_lines(file.path) as stream:
-        sizes = [(1, len(line)) for line in stream]
+        sizes = np.fromiter((len(line) for line in stream), np.int64)
     if not seekable:
-        total = sum(size for _, size in sizes)
-        unit_bytes = max(unit_bytes, -(-total // MAX_UNITS_PER_COMPRESSED_FILE))
-    return _cut(file, sizes, unit_bytes, seekable=seekable)
+        unit_bytes = max(unit_bytes, -(-int(sizes.sum()) // MAX_UNITS_PER_COMPRESSED_FILE))
+    rows = zip(itertools.repeat(1), map(int, sizes), strict=False)
+    return _cut(file, rows, unit_bytes, seekable=seekable)
 
 
 def read_unit(unit: Unit, text_field: str) -> Iterator[Document]:
@@ -204,7 +207,7 @@ def _row_group_sizes(path: str, text_field: str) -> list[tuple[int, int]]:
 
 
 def _cut(
-    file: SourceFile, sizes: list[tuple[int, int]], unit_bytes: int, *, seekable: bool
+    file: SourceFile, sizes: Iterable[tuple[int, int]], unit_bytes: int, *, seekable: bool
 ) -> list[Unit]:
     """Joins consecutive (rows, bytes) until a unit holds `unit_bytes`."""
     units = []

@@ -1,6 +1,6 @@
 """Prepares a corpus, or verifies one.
 
-    python launch/prepare.py data=books_sample out=corpora/books_sample [workers=2] [KEY=VALUE ...]
+    python launch/prepare.py data=books_sample [out=FOLDER] [workers=2] [KEY=VALUE ...]
     python launch/prepare.py data='texts/*.jsonl.gz' out=corpora/mine tokenizer=bytes
     python launch/prepare.py verify corpora/books_sample
 
@@ -79,10 +79,12 @@ def _of_data(name: str) -> dict[str, Any]:
             raise ValueError(f"data={name}: no such file")
     if path.is_file():
         content = OmegaConf.to_container(OmegaConf.load(path))
-        section = content.get("prepare") if isinstance(content, dict) else None
-        if not isinstance(section, dict):
+        if not isinstance(content, dict) or not isinstance(section := content.get("prepare"), dict):
             raise ValueError(f"data={name}: {path} has no section `prepare:`")
-        return {str(key): value for key, value in section.items()}
+        # By default where training, which reads the other section, will look for it.
+        training = content.get("data")
+        out = training.get("path", "") if isinstance(training, dict) else ""
+        return {"out": out, **{str(key): value for key, value in section.items()}}
     if not any(character in name for character in "/*.") and not Path(name).exists():
         names = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
         close = difflib.get_close_matches(name, names, n=1)

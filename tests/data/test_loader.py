@@ -173,7 +173,7 @@ def test_an_epochs_remainder_shares_a_batch_with_the_next_epoch(corpus: Corpus) 
     assert joined(loader.step(last)).loss_mask.any(1).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from(["lanes", "windows"]), st.integers(0, 10**6))
 def test_far_steps_are_reached_without_walking(corpus: Corpus, mode: str, step: int) -> None:
     step = step % 2000 if mode == "lanes" else step

@@ -3,12 +3,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.order import LaneOrder, WindowOrder, mix, permute
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_permute_is_a_bijection(n: int, key: int) -> None:
     image = permute(np.arange(n), n, key)
@@ -42,7 +43,8 @@ def test_the_order_is_frozen() -> None:
     assert mix(1, 2) == 13608149317741381227
 
 
-@given(st.integers(1, 500), st.integers(1, 64), st.integers(0, 5))
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(0, 5))
 def test_every_epoch_of_windows_has_each_window_once(n: int, seq_len: int, seed: int) -> None:
     order = WindowOrder(n, seq_len, seed)
     per_epoch = order.n_windows
@@ -51,11 +53,12 @@ def test_every_epoch_of_windows_has_each_window_once(n: int, seq_len: int, seed:
     for epoch in range(3):
         part = samples[epoch * per_epoch : (epoch + 1) * per_epoch]
         assert np.array_equal(np.sort(part), np.arange(per_epoch))
-    pieces = [order.windows(i, 1)[0] for i in range(3 * per_epoch)]
-    assert pieces == samples.tolist()
+    for first in range(0, 2 * per_epoch, 29):
+        assert np.array_equal(order.windows(first, per_epoch), samples[first : first + per_epoch])
     assert [order.epoch(i * per_epoch) for i in range(3)] == [0, 1, 2]
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.integers(1, 90), min_size=1, max_size=25),
     st.integers(1, 7),

@@ -109,7 +109,7 @@ def test_killed_at_every_point_and_resumed_writes_the_same_bytes(
 
 def test_workers_die_with_a_killed_parent_and_their_work_is_resumed(tmp_path: Path) -> None:
     generator = random.Random(1)
-    source = write_jsonl(tmp_path / "a.jsonl", [make_text(generator, 3000) for _ in range(200)])
+    source = write_jsonl(tmp_path / "a.jsonl", [make_text(generator, 3000) for _ in range(60)])
     out = tmp_path / "corpus"
     command = (str(ROOT / "launch/prepare.py"), *arguments(source, out, "workers=2"))
     process = start(*command, start_new_session=True)
@@ -301,6 +301,7 @@ def test_named_data_configs_give_a_complete_configuration() -> None:
     config = load_prepare_config(["data=books_sample", "out=corpora/x", "workers=2"])
     assert set(config.splits) == {"train", "validation"}
     assert (config.out, config.workers, config.tokenizer) == ("corpora/x", 2, "unigram")
+    assert load_prepare_config(["data=books_sample"]).out == "corpora/books_sample"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_named_data_configs_give_a_complete_configuration() -> None:
         (["data=books_sampel", "out=x"], "did you mean 'books_sample'?"),
         (["data=books_sample", "out=x", "vocab_sise=3"], "did you mean 'vocab_size'?"),
         (["data=books_sample", "out=x", "workers=two"], "workers=two: Value 'two'"),
-        (["data=books_sample"], "out: missing"),
+        (["data=data/sample/*.xz"], "out: missing"),
         (["out=x"], "splits: missing"),
         (["data=books_sample", "out=x", "workers=0"], "workers=0: must be at least 1"),
         (["data=books_sample", "out=x", "train_split=trian"], "train_split=trian: no such split"),

@@ -2,7 +2,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.tokenizer import (
@@ -41,6 +41,7 @@ def test_texts_survive_a_round_trip(trained: SentencePieceTokenizer, texts: list
         assert (ids < N_SPECIALS + trained.n_pieces).all()
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8")))
 def test_bytes_round_trip_every_text(text: str) -> None:
     tokenizer = BytesTokenizer()
@@ -54,6 +55,14 @@ def test_cutting_at_newlines_does_not_change_ids(
     assert len(text) > 2 * CHUNK_CHARS
     whole = trained._to_ours[trained._processor.EncodeAsIds(text)]
     np.testing.assert_array_equal(trained.encode(text), whole)
+
+
+def test_token_bytes_join_to_the_text(trained: SentencePieceTokenizer, texts: list[str]) -> None:
+    for tokenizer in (trained, BytesTokenizer(n_sentinels=3)):
+        table = tokenizer.token_bytes()
+        assert len(table) == tokenizer.vocab_size
+        for text in (*texts, "unseen: 海 🜁\n"):
+            assert b"".join(table[i] for i in tokenizer.encode(text)) == text.encode()
 
 
 def test_a_long_line_is_encoded_whole(trained: SentencePieceTokenizer) -> None:
