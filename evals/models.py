@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from evals.score import state_dict_sha256
 from pretrain.models import LanguageModel
 
-HEAD_CHUNK_TOKENS = 2048
+HEAD_CHUNK_TOKENS = 512
 
 
 class LanguageModelScorer:

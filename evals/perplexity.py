@@ -40,6 +40,8 @@ from evals.store import TokenTable, pass_identity, write_bytes
 
 SCHEMA = "longspan.eval.perplexity/1"
 PROTOCOLS = ("fixed", "position", "stream", "nonoverlap")
+OUTPUTS = ("result.json", "curve.csv", "curve.png", "report.html", "report.md", "report.png")
+"""What a failed evaluation must not leave standing from an earlier one."""
 
 Metric = dict[str, Any]
 
@@ -151,7 +153,7 @@ def run(
     if problems:
         raise ValueError("; ".join(problems))
     passes = plan(documents.lengths, options, train_length)
-    for stale in ("result.json", "curve.csv", "curve.png"):
+    for stale in OUTPUTS:
         (out_dir / stale).unlink(missing_ok=True)
 
     before = model.fingerprint()

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter
 COLOURS = ("#1f6feb", "#d1480f", "#1a7f4b", "#8250df", "#b0367a", "#6b7280")
 REFERENCE_COLOUR = "#57606a"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -96,7 +96,7 @@ def fixed_spans(
         spans_per_document: at most this many spans; fewer where they would overlap.
         phase_grid: tokens over which the starts are spread.
     """
-    spans = []
+    spans: list[tuple[int, int]] = []
     for doc, length in enumerate(lengths):
         room = (length - 1) - max_context
         count = min(spans_per_document, room // span_tokens)

@@ -47,7 +47,7 @@ class TokenTable:
 
     def select(self, rows: np.ndarray) -> "TokenTable":
         """The rows a mask or index array picks."""
-        return TokenTable(*(getattr(self, name)[rows] for name in _COLUMNS), self.meta)
+        return TokenTable(meta=self.meta, **{k: getattr(self, k)[rows] for k in _COLUMNS})
 
     def nats_and_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Per document (n_docs,): summed NLL in nats, scored tokens; specials included."""
@@ -95,12 +95,12 @@ class TokenTable:
         try:
             with np.load(path) as arrays:
                 meta = json.loads(str(arrays["meta"]))
-                columns = [arrays[name] for name in _COLUMNS]
+                columns = {name: arrays[name] for name in _COLUMNS}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(
                 f"{path}: cannot be read ({error}); delete it and evaluate again"
             ) from error
-        return cls(*columns, meta)
+        return cls(meta=meta, **columns)
 
     @classmethod
     def load_if_same(cls, path: Path, identity: str) -> "TokenTable | None":

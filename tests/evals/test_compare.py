@@ -1,0 +1,170 @@
+"""Verdicts name a winner only where the paired interval says so; the incomparable is refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from toy_models import FIRST, Bigram, Recurrent, documents_of, markov_documents
+
+from evals import baseline, compare, perplexity
+from evals.documents import EvalDocuments
+from evals.perplexity import PerplexityOptions
+
+OPTIONS = PerplexityOptions(
+    contexts=(16, 64), spans_per_document=8, stream_tokens=120, segment_tokens=64
+)
+DOCUMENTS, TABLE = markov_documents([400] * 24, vocab_size=12)
+
+
+def evaluate(model, out_dir, name, documents=DOCUMENTS, options=OPTIONS, train_length=32):
+    perplexity.run(
+        model, documents, options, out_dir, name=name, train_length=train_length, progress=False
+    )
+    return compare.load(out_dir)
+
+
+def softened(share):
+    """The oracle mixed with the uniform distribution: worse by construction."""
+    return Bigram(TABLE * (1 - share) + share / len(TABLE))
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    return evaluate(Bigram(TABLE), tmp_path_factory.mktemp("oracle"), "oracle")
+
+
+def test_better_model_wins_at_every_context_and_order_only_flips_the_sign(oracle, tmp_path):
+    worse = evaluate(softened(0.2), tmp_path, "softened")
+    verdicts = compare.compare(oracle, worse)
+    assert {(v.protocol, v.context) for v in verdicts} == {
+        ("fixed(4)", 16),
+        ("fixed(4)", 64),
+        ("position", None),
+        ("stream", None),
+        ("nonoverlap(32)", 32),
+    }
+    assert {v.metric for v in verdicts} == {"bpb", "nll"}
+    assert all(v.verdict == "oracle better" and v.difference.value < 0 for v in verdicts)
+    for v, flipped in zip(verdicts, compare.compare(worse, oracle), strict=True):
+        assert flipped.difference.value == pytest.approx(-v.difference.value)
+        assert flipped.verdict == "oracle better"
+
+
+def test_no_winner_when_the_interval_contains_zero(oracle, tmp_path):
+    # Tables jittered at random around the truth: some documents a little better, some worse.
+    rng = np.random.default_rng(0)
+    runs = []
+    for k in range(2):
+        table = TABLE * np.exp(rng.normal(0, 0.01, TABLE.shape))
+        model = Bigram(table / table.sum(1, keepdims=True))
+        model.fingerprint = lambda k=k: f"jittered-{k}"
+        runs.append(evaluate(model, tmp_path / str(k), f"jittered-{k}"))
+    for verdict in compare.compare(*runs):
+        low, high = verdict.difference.ci95
+        assert (verdict.verdict == compare.NO_DIFFERENCE) == (low <= 0 <= high)
+    same = compare.compare(oracle, dataclasses.replace(oracle, name="twin"))
+    assert all(v.verdict == compare.NO_DIFFERENCE for v in same)
+
+
+def altered(run, section, **changes):
+    result = json.loads(json.dumps(run.result))
+    result[section] = {**result[section], **changes}
+    return dataclasses.replace(run, name="other", result=result)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "reason"),
+    [
+        ("data", {"fingerprint": "x"}, "data.fingerprint differs"),
+        ("data", {"split": "test"}, "data.split differs"),
+        ("data", {"n_docs": 3}, "data.n_docs differs"),
+        ("policy", {"bos": "in every window"}, "policy differs"),
+        ("tokenizer", {"sha256": "x"}, None),
+    ],
+)
+def test_what_differs_is_refused_by_name(oracle, section, changes, reason):
+    other = altered(oracle, section, **changes)
+    if reason:
+        with pytest.raises(ValueError, match=reason):
+            compare.compare(oracle, other)
+    else:
+        # Another tokenizer over the same text: bits per byte only.
+        assert {v.metric for v in compare.compare(oracle, other)} == {"bpb"}
+
+
+def test_other_text_under_another_tokenizer_is_refused(oracle):
+    other = altered(oracle, "tokenizer", sha256="x")
+    other.result["data"]["text_sha256"] = "y"
+    with pytest.raises(ValueError, match=r"data.text_sha256 differs"):
+        compare.compare(oracle, other)
+
+
+def test_failed_gate_is_refused(oracle):
+    other = altered(oracle, "data")
+    other.result["gates"][0]["passed"] = False
+    with pytest.raises(ValueError, match="other: gates failed: future_perturbation"):
+        compare.compare(oracle, other)
+
+
+def test_other_protocol_settings_leave_nothing_to_compare(oracle, tmp_path):
+    options = PerplexityOptions(contexts=(32,), protocols=("fixed",))
+    other = evaluate(Bigram(TABLE), tmp_path, "other", options=options)
+    with pytest.raises(ValueError, match="no pass in common"):
+        compare.compare(oracle, other)
+
+
+def test_missing_or_damaged_results_say_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"no result.json.*launch/evaluate.py run="):
+        compare.load(tmp_path)
+    evaluate(Recurrent(), tmp_path, "toy")
+    (tmp_path / "tokens" / "position-64.npz").unlink()
+    with pytest.raises(ValueError, match=r"position-64.npz: cannot be read"):
+        compare.load(tmp_path)
+
+
+def test_ngram_joins_as_a_run_over_the_same_tokens(oracle, tmp_path):
+    """A bigram source: the 5-gram learns it, so it must beat uniform and not beat the oracle."""
+    training, _ = markov_documents([4000] * 8, vocab_size=12, seed=0)
+    training = EvalDocuments(
+        **{**vars(training), "source": {"path": "toy", "split": "train", "limit": None}}
+    )
+    ngram = baseline.evaluate(DOCUMENTS, training, oracle, tmp_path)
+    worse = evaluate(softened(0.9), tmp_path / "soft", "softened")
+    assert all(v.metric == "bpb" for v in compare.compare(oracle, ngram))
+    assert all(
+        v.verdict == f"{ngram.name} better"
+        for v in compare.compare(worse, ngram)
+        if v.protocol == "stream"
+    )
+    by_context = [ngram.tables[name].nll for name in ngram.tables if name.startswith("fixed")]
+    assert np.array_equal(by_context[0], by_context[1]), "it has no context axis"
+
+    def nothing_to_fit():
+        raise AssertionError("the kept losses must be found again")
+
+    training_again = dataclasses.replace(training, tokens=[np.array([], np.uint16)] * 0)
+    again = baseline.evaluate(DOCUMENTS, training_again, oracle, tmp_path)
+    assert np.array_equal(again.tables["position-64"].nll, ngram.tables["position-64"].nll)
+
+
+def test_ngram_token_losses_sum_the_bytes_of_each_token(tmp_path):
+    """Tokens of several bytes, one of none: the document's sum is that of its bytes."""
+    pieces = [b""] * FIRST + [b"the ", b"cat ", b"s", b"\xe2\x82", b"\xac", b""]
+    ids = np.array([4, 5, 6, 9, 7, 8, 4, 5, 4, 6] * 12)
+    documents = dataclasses.replace(documents_of([ids, ids[::-1]], len(pieces)), token_bytes=pieces)
+    options = PerplexityOptions(contexts=(8,), protocols=("stream",))
+    run = evaluate(Recurrent(len(pieces)), tmp_path, "toy", documents, options)
+    ngram = baseline.evaluate(documents, documents, run)
+    (table,) = ngram.tables.values()
+    model = baseline.ByteNgram.fit([documents.text(0), documents.text(1)])
+    for doc in (0, 1):
+        expected = model.nll(documents.text(doc)).sum()
+        assert table.nll[table.doc == doc].sum() == pytest.approx(expected, rel=1e-5)
+        assert (table.nll[table.n_bytes == 0] == 0).all()
+
+
+def test_ngram_on_other_documents_is_refused(oracle):
+    other = dataclasses.replace(DOCUMENTS, fingerprint="other")
+    with pytest.raises(ValueError, match="fingerprint"):
+        baseline.evaluate(other, other, oracle)

@@ -1,0 +1,133 @@
+"""The command line end to end on a tiny corpus, and one clear error for each bad input."""
+
+import json
+
+import pytest
+import torch
+
+from data.prepare import PrepareConfig, prepare
+from launch import evaluate
+from pretrain.config import RunConfig
+from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
+from pretrain.training.manifest import CheckpointError
+
+SENTENCES = ["the cat sat on the mat. ", "a dog ran off. ", "every good book is long, "]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for split, n_docs in (("train", 3), ("validation", 4)):
+        with open(folder / f"{split}.jsonl", "w") as file:
+            for k in range(n_docs):
+                text = "".join(SENTENCES[(k + i * i) % 3] for i in range(20 + k))
+                file.write(json.dumps({"text": text}) + "\n")
+    splits = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
+    prepare(PrepareConfig(out=str(folder / "corpus"), splits=splits, tokenizer="bytes"))
+    return folder / "corpus"
+
+
+@pytest.fixture
+def run(tmp_path, corpus, monkeypatch):
+    """A run folder whose checkpoint is a fresh model; checkpoints have tests of their own."""
+    config = RunConfig(name="tiny", out_dir=str(tmp_path))
+    config.data.path = str(corpus)
+    config.train.seq_len = 32
+    config.model = LanguageModelConfig(
+        vocab_size=384,
+        d_model=16,
+        n_layers=1,
+        layers=LayersConfig(pattern=["swa"]),
+        mixers={"swa": {"n_heads": 2, "window_size": 16}},
+    )
+
+    def load_model(run_dir, tag):
+        torch.manual_seed(0)
+        if tag != "latest":
+            raise CheckpointError(f"{run_dir}/checkpoints/{tag}: is not there; there are: none")
+        info = {"path": str(run_dir / "checkpoints" / "step_00000001"), "step": 1}
+        return LanguageModel(config.model), config, info
+
+    monkeypatch.setattr(evaluate, "load_model", load_model)
+    config.run_dir.mkdir()
+    return config.run_dir
+
+
+def test_evaluate_then_report_prints_the_pages_path_last(run, capsys):
+    assert evaluate.main([f"run={run}", "contexts=16..128", "spans_per_document=2"]) == 0
+    folder = run / "eval" / "perplexity"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(folder / "report.html")
+    assert {p.name for p in folder.iterdir()} >= {
+        "result.json",
+        "curve.csv",
+        "curve.png",
+        "report.html",
+        "tokens",
+    }
+    result = json.loads((folder / "result.json").read_text())
+    assert [m["context"] for m in result["metrics"] if m["name"] == "bpb"][:4] == [16, 32, 64, 128]
+    assert result["tokenizer"]["lossless"]
+    assert result["command"].startswith("launch/evaluate.py run=")
+    assert result["data"]["n_bytes"] + 4 == result["data"]["n_tokens"], "bytes, and EOS four times"
+
+    out = run.parent / "report"
+    assert evaluate.main(["report", str(run), f"out={out}", "ngram=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(out / "report.html")
+    assert any("byte 5-gram better at 16, 32, 64, 128" in line for line in lines)
+    assert "byte 5-gram" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "run= is missing"),
+        (["contexts=64..128"], "run= is missing"),
+        (["RUN", "context=64"], "context=64: not known"),
+        (["RUN", "contexts=64-128"], "contexts=64-128 is neither"),
+        (["RUN", "contexts=128..64"], "contexts=128..64 is neither"),
+        (["RUN", "contexts=64..65536"], "contexts=65536 leaves no target"),
+        (["RUN", "limit=few"], "limit=few: must be a whole number"),
+        (["RUN", "limit=0"], "limit=0 leaves no document"),
+        (["RUN", "suite=lra"], "suite=lra is not known"),
+        (["RUN", "protocols=fixed,slide"], "protocols=fixed,slide"),
+        (["RUN", "device=abacus"], "device=abacus cannot be used"),
+        (["RUN", "tag=step_9"], "step_9: is not there"),
+        (["RUN", "data=nowhere"], "nowhere"),
+        (["RUN", "split=test"], "split=test"),
+        (["run=nowhere"], "run=nowhere: no such folder"),
+        (["report"], "report needs runs and out="),
+        (["report", "nowhere", "out=x"], "no result.json"),
+        (["report", "nowhere", "out=x", "ngram=maybe"], "ngram=maybe: use true or false"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_exit_code_2(run, words, message, capsys):
+    words = [f"run={run}" if word == "RUN" else word for word in words]
+    assert evaluate.main(words) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (run / "eval" / "perplexity" / "result.json").exists()
+
+
+def test_failed_gate_exits_with_3_and_leaves_no_report(run, monkeypatch, capsys):
+    assert evaluate.main([f"run={run}", "contexts=16,64", "protocols=fixed"]) == 0
+    original = evaluate.LanguageModelScorer.nll
+
+    def leaks(self, tokens, state=None, *, score_from=0):
+        nll, after = original(self, tokens, state, score_from=score_from)
+        return nll + tokens[:, -1:].float(), after
+
+    monkeypatch.setattr(evaluate.LanguageModelScorer, "nll", leaks)
+    assert evaluate.main([f"run={run}", "contexts=16,64", "protocols=fixed"]) == 3
+    assert "gate future_perturbation failed" in capsys.readouterr().err
+    assert not (run / "eval" / "perplexity" / "result.json").exists()
+    assert not (run / "eval" / "perplexity" / "report.html").exists()
+
+
+def test_context_ranges_double():
+    assert evaluate.parse_contexts("64..8192") == tuple(64 * 2**k for k in range(8))
+    assert evaluate.parse_contexts("64..100") == (64,)
+    assert evaluate.parse_contexts("48,512") == (48, 512)
