@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -64,6 +65,8 @@ def start_process_group(config: RunConfig) -> World:
         os.environ.update({key: str(value) for key, value in one_process.items()})
         os.environ["MASTER_PORT"] = str(port)
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives under names that torch 2.13 renames.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if on_gpu:

@@ -67,6 +67,7 @@ def schedule_factor(tokens: int, total_tokens: int, config: ScheduleConfig) -> f
     and `wsd` (warm-up, stable, decay; MiniCPM, arXiv 2404.06395) stays at 1 until the last
     `decay_fraction`, over which it falls linearly to `final_ratio`.
     """
+    tokens = min(tokens, total_tokens)  # the last step may reach beyond
     warmup = config.warmup_fraction * total_tokens
     if tokens < warmup:
         return tokens / warmup
@@ -75,7 +76,7 @@ def schedule_factor(tokens: int, total_tokens: int, config: ScheduleConfig) -> f
     start = warmup if config.type == "cosine" else (1 - config.decay_fraction) * total_tokens
     if tokens <= start:
         return 1.0
-    done = min(1.0, (tokens - start) / (total_tokens - start))
+    done = (tokens - start) / (total_tokens - start)
     if config.type == "cosine":
         done = (1 - math.cos(math.pi * done)) / 2
     return 1.0 - (1.0 - config.final_ratio) * done

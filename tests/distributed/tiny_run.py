@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.training.engine import World, start_process_group
-from pretrain.training.manifest import CheckpointError
+from pretrain.training.manifest import CheckpointError, checkpoint_name
 from pretrain.training.metrics import CorpusFacts
 from pretrain.training.trainer import Trainer, TrainingError
 from tests.distributed.tiny_lm import LANES, SEQ_LEN, TinyLM, TinyLoader
@@ -55,10 +55,11 @@ class Run:
     other_model: bool = False
     offload: bool = False
     signals: dict[str, int] = field(default_factory=dict)  # signal name -> step it arrives before
-    signal_rank: int = 0
+    fault_rank: int = 0
     poison_from: int | None = None
-    kill_at_file_event: int | None = None
-    file_size_limit: int | None = None
+    abandon_at: int | None = None  # the process forgets the run before this step, saving nothing
+    kill_at_file_event: tuple[int, int] | None = None  # (step of the checkpoint, n-th operation)
+    file_size_limit: int | None = None  # bytes, on `fault_rank`, as a full disk would be
 
 
 def config_of(run: Run, world_size: int) -> RunConfig:
@@ -86,6 +87,10 @@ def config_of(run: Run, world_size: int) -> RunConfig:
     return config
 
 
+class Abandoned(Exception):
+    """Stands in for a kill where several runs share one process."""
+
+
 class FaultyLoader(TinyLoader):
     """Raises signals in this process before the chosen steps."""
 
@@ -93,26 +98,30 @@ class FaultyLoader(TinyLoader):
         super().__init__(
             world.rank, world.size, micro_batch_size, seed=run.seed, poison_from=run.poison_from
         )
-        self.signals = run.signals if world.rank == run.signal_rank else {}
+        self.signals = run.signals if world.rank == run.fault_rank else {}
+        self.abandon_at = run.abandon_at
 
     def steps(self, start_step: int) -> Iterator[list[Batch]]:
         for step, batches in enumerate(super().steps(start_step), start_step):
+            if step == self.abandon_at:
+                raise Abandoned
             for name, at in self.signals.items():
                 if step == at:
                     os.kill(os.getpid(), getattr(signal, name))
             yield batches
 
 
-def kill_at_file_event(folder: Path, number: int) -> None:
-    """SIGKILLs this process just before its `number`-th operation on files under `folder`."""
+def on_file_event(folder: Path, action: Callable[[int], None]) -> None:
+    """Calls `action(n)` just before this process' n-th operation on files named like `folder`."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        if event in FILE_EVENTS and str(arguments[0]).startswith(str(folder)):
+        if event in FILE_EVENTS and str(folder.parent) in str(arguments[0]):
+            if folder.name not in str(arguments[0]):
+                return
             seen += 1
-            if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+            action(seen)
 
     sys.addaudithook(hook)
 
@@ -127,13 +136,21 @@ def build_trainer(run: Run, world: World) -> Trainer:
 
 
 def train(run: Run, world: World) -> int:
-    if run.kill_at_file_event is not None and world.rank == run.signal_rank:
-        kill_at_file_event(Path(run.out_dir) / run.name / "checkpoints", run.kill_at_file_event)
-    if run.file_size_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_size_limit, run.file_size_limit))
-    trainer = build_trainer(run, world)
-    finished = trainer.fit()
-    trainer.engine.destroy()
+    if run.kill_at_file_event is not None and world.rank == run.fault_rank:
+        step, number = run.kill_at_file_event
+        folder = Path(run.out_dir) / run.name / "checkpoints" / checkpoint_name(step)
+        on_file_event(
+            folder, lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == number else None
+        )
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if run.file_size_limit is not None and world.rank == run.fault_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_size_limit, unlimited[1]))
+    try:
+        trainer = build_trainer(run, world)
+        finished = trainer.fit()
+        trainer.engine.destroy()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     return 0 if finished else EXIT_PREEMPTED
 
 
@@ -143,12 +160,17 @@ def main(spec: str) -> int:
     world = start_process_group(config_of(runs[0], int(os.environ.get("WORLD_SIZE", "1"))))
     codes = []
     for run in runs:
+        code, message = 0, ""
         try:
-            codes.append(train(run, world))
+            code = train(run, world)
+        except Abandoned:
+            message = "abandoned"
         except (ValueError, TrainingError, CheckpointError) as error:
-            if world.is_main:
-                print(f"error: {error}", flush=True)
-            codes.append(2 if isinstance(error, ValueError) else 1)
+            code, message = (2 if isinstance(error, ValueError) else 1), str(error)
+        codes.append(code)
+        if world.is_main:
+            outcome = {"code": code, "message": message}
+            (Path(run.out_dir) / run.name / "outcome.json").write_text(json.dumps(outcome))
     torch.distributed.destroy_process_group()
     return max(codes)
 

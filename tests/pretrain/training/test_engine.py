@@ -1,0 +1,67 @@
+"""DeepSpeed's configuration, and what the engine refuses."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.config import RunConfig
+from pretrain.training import engine
+from pretrain.training.engine import World, build_engine, deepspeed_config
+
+
+def config_with(**zero: object) -> RunConfig:
+    config = RunConfig()
+    for key, value in zero.items():
+        setattr(config.zero, key, value)
+    return config
+
+
+def test_batch_triple_and_clipping_are_always_explicit() -> None:
+    config = RunConfig()
+    config.optim.grad_clip = 0.0
+    generated = deepspeed_config(config, world_size=2)
+    triple = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    micro, accumulation, batch = (generated[key] for key in triple)
+    assert micro * accumulation * 2 == batch == 8192 // 512
+    assert generated["gradient_clipping"] == 0.0  # omitted, DeepSpeed clips at 1.0
+
+
+def test_extra_is_merged_deeply_and_wins() -> None:
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000}, "comms_logger": {"enabled": True}}
+    generated = deepspeed_config(config_with(stage=2, extra=extra), world_size=1)
+    assert generated["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert generated["comms_logger"] == {"enabled": True}
+    assert extra["zero_optimization"] == {"reduce_bucket_size": 1000}
+
+
+def test_key_that_deepspeed_would_ignore_is_an_error_with_the_closest_match() -> None:
+    with pytest.raises(ValueError, match=r"zero\.extra\.zero_optimisation: .*'zero_optimization'"):
+        deepspeed_config(config_with(extra={"zero_optimisation": {}}), world_size=1)
+
+
+def test_bf16_keeps_parameters_and_gradient_sums_in_fp32() -> None:
+    generated = deepspeed_config(RunConfig(), world_size=1)
+    assert "bf16" not in generated  # it would cast every parameter
+    assert generated["torch_autocast"]["lower_precision_safe_modules"] == []
+
+
+def test_complex_parameter_is_refused() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+
+    world = World(0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"'rates' is torch\.complex64: ZeRO drops imaginary"):
+        build_engine(RunConfig(), Complex(), world)
+
+
+def test_training_imports_neither_data_nor_evals() -> None:
+    for path in Path(engine.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"data", "evals", "launch"}, path
