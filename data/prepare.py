@@ -105,13 +105,13 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     }
     inputs = _inputs(config, files)
     with _writing(out), _lock(out):
-        for left_over in out.rglob("*.tmp"):  # Of a killed process.
-            left_over.unlink()
         if (out / INPUTS).exists():
             _compare(inputs, json.loads((out / INPUTS).read_bytes()), out)
-        elif any(out.iterdir()):
+        elif any(not path.name.startswith(INPUTS) for path in out.iterdir()):
             raise ValueError(f"out={out}: not empty, and no corpus; choose another folder")
-        else:
+        for left_over in out.rglob("*.tmp"):  # Of a killed process.
+            left_over.unlink()
+        if not (out / INPUTS).exists():
             write_atomically(out / INPUTS, json.dumps(inputs, indent=1).encode())
         if (out / MANIFEST).exists():
             manifest = read_manifest(out)

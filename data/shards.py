@@ -392,16 +392,16 @@ def _open_tokenizer(path: Path, stated: dict[str, Any]) -> Tokenizer:
 
 def _map(path: Path) -> mmap.mmap | bytes:
     """Read-only map of a file; an empty file, which cannot be mapped, as empty bytes."""
-    with path.open("rb") as stream:
-        if os.fstat(stream.fileno()).st_size == 0:
-            return b""
-        try:
+    try:
+        with path.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size == 0:
+                return b""
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ValueError(
-                f"shard {path} cannot be mapped ({error.strerror}): each keeps a file open; raise "
-                "`ulimit -n`, or prepare fewer shards with a larger unit_bytes"
-            ) from error
+    except OSError as error:
+        raise ValueError(
+            f"shard {path} cannot be mapped ({error.strerror}): each keeps a file open; if there "
+            "are too many, raise `ulimit -n`, or prepare fewer with a larger unit_bytes"
+        ) from error
 
 
 def _running_sum(counts: list[int]) -> list[int]:

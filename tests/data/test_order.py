@@ -87,6 +87,15 @@ def test_lanes_schedule_every_document_once_per_epoch(
     assert sorted(first_epoch) == list(range(len(lengths)))
 
 
+def test_epochs_have_different_orders() -> None:
+    windows = WindowOrder(1000, 1, seed=0).windows(0, 2000)
+    assert not np.array_equal(windows[:1000], windows[1000:])
+    lane = LaneOrder(np.full(50, 7), 1, 8, seed=0).segment(0, 0, 8 * 100)
+    documents = [document for document, _ in lane]
+    assert sorted(documents[:50]) == sorted(documents[50:])
+    assert documents[:50] != documents[50:]
+
+
 def test_a_segment_of_lanes_does_not_depend_on_what_was_asked_before() -> None:
     lengths = np.random.default_rng(0).integers(1, 300, 40)
     walked = LaneOrder(lengths, 6, 8, seed=3)

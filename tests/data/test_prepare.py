@@ -2,6 +2,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import random
 import resource
@@ -170,10 +171,10 @@ def test_other_inputs_for_the_same_folder_are_refused_by_name(
 def test_a_foreign_folder_is_not_written_to(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "thesis.tmp").write_text("precious")
     assert main(arguments(source, tmp_path)) == 2
     assert "not empty, and no corpus" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tmp"]
 
 
 def test_two_preparations_of_one_folder_exclude_each_other(source: Path, tmp_path: Path) -> None:
@@ -295,6 +296,17 @@ def test_the_bundled_sample_is_what_its_note_says() -> None:
         assert file.sha256 in note
         sizes.append(file.bytes)
     assert sum(sizes) <= 6_000_000
+
+
+def test_the_bundled_validation_books_are_many_long_and_not_in_training() -> None:
+    books = {}
+    for split in ("train", "validation"):
+        with lzma.open(ROOT / "data" / "sample" / f"{split}.jsonl.xz", "rt") as lines:
+            books[split] = [json.loads(line) for line in lines]
+    assert len(books["validation"]) >= 20
+    assert all(len(book["text"].encode()) >= 250_000 for book in books["validation"])
+    sources = [book["source_sha256"] for part in books.values() for book in part]
+    assert len(set(sources)) == len(sources)
 
 
 def test_named_data_configs_give_a_complete_configuration() -> None:

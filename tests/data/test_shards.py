@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -28,6 +30,18 @@ def test_documents_are_the_texts(corpus: Corpus, texts: list[str]) -> None:
     assert corpus.words.tolist() == [len(text.split()) for text in texts]
     assert corpus.source_row.tolist() == list(range(len(texts)))
     assert corpus.n_tokens == corpus.doc_lengths.sum()
+
+
+def test_every_shard_states_its_source_rows(corpus: Corpus, texts: list[str]) -> None:
+    shards = corpus.manifest["splits"]["train"]["shards"]
+    edges = [0]
+    for shard in shards:
+        assert shard["source"] == {
+            "file": "texts.jsonl",
+            "rows": [edges[-1], edges[-1] + shard["documents"]],
+        }
+        edges.append(edges[-1] + shard["documents"])
+    assert edges[-1] == len(texts)
 
 
 def test_read_joins_shards_and_documents(corpus: Corpus) -> None:
@@ -122,6 +136,17 @@ def test_another_tokenizer_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "a" / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.model cannot be read"):
         Corpus.open(tmp_path / "a")
+
+
+def test_too_many_shards_for_the_open_file_limit_are_explained(prepared: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, hard))
+    try:
+        with pytest.raises(ValueError, match="ulimit -n"):
+            Corpus.open(prepared)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_unfinished_corpus_and_an_unknown_split_are_explained(copy: Path) -> None:
