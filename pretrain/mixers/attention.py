@@ -14,26 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.mixers.base import Clock, MixerOutput, TokenMixer
-from pretrain.ops.numerics import no_autocast, wide_dtype
-from pretrain.ops.rotary import rotate
+from pretrain.ops.normalization import prepare_heads
 
 # Rows of the score matrix that are alive at once where a mask is needed.
 QUERY_BLOCK = 512
 
 
-class QKNorm(nn.Module):
-    """L2-normalises queries and keys per head; a learned scale per head replaces 1 / sqrt(K)."""
-
-    def __init__(self, n_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((n_heads,), math.sqrt(head_dim)))
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q, k (B, T, H, K) -> the same, scale in q."""
-        with no_autocast(q):
-            wide = wide_dtype(q)
-            scaled = F.normalize(q.to(wide), dim=-1) * self.scale.to(wide).unsqueeze(-1)
-            return scaled.to(q.dtype), F.normalize(k.to(wide), dim=-1).to(k.dtype)
+def qk_scale(n_heads: int, head_dim: int) -> nn.Parameter:
+    """The learned scale per head, (H,), that L2-normalised queries and keys need."""
+    return nn.Parameter(torch.full((n_heads,), math.sqrt(head_dim)))
 
 
 def check_heads(mixer: str, d_model: int, n_heads: int) -> int:
@@ -51,7 +40,7 @@ def check_heads(mixer: str, d_model: int, n_heads: int) -> int:
 
 
 class AttentionState(NamedTuple):
-    """k, v: (B, S, H, K), every token so far; keys are rotated already."""
+    """k, v: (B, S, H, K), every token so far; keys are normalised and rotated already."""
 
     position: Tensor
     phase: Tensor
@@ -84,7 +73,7 @@ class Attention(TokenMixer):
         self.head_dim = check_heads("attention", d_model, n_heads)
         self.rotary_base = rotary_base
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.qk_norm = QKNorm(n_heads, self.head_dim) if qk_norm else None
+        self.qk_scale = qk_scale(n_heads, self.head_dim) if qk_norm else None
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
@@ -92,10 +81,10 @@ class Attention(TokenMixer):
     ) -> MixerOutput:
         clock = self.clock(x, state, resets)
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
-        if self.qk_norm is not None:
-            q, k = self.qk_norm(q, k)
         cached = 0 if state is None else state.k.shape[1]
-        q, k = rotate(q, k, start=cached, base=self.rotary_base)
+        normalize, base = self.qk_scale is not None, self.rotary_base
+        q = prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=cached, base=base)
+        k = prepare_heads(k, normalize=normalize, start=cached, base=base)
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], 1)
             v = torch.cat([state.v.to(v.dtype), v], 1)
@@ -107,7 +96,7 @@ class Attention(TokenMixer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> Tensor:
         """q (B, T, H, K), k and v (B, S + T, H, K), starts (B, T) first keys."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        scale = 1.0 if self.qk_norm is not None else None
+        scale = 1.0 if self.qk_scale is not None else None
         if starts is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
             return y.transpose(1, 2)

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.mixers.attention import QKNorm, check_heads
+from pretrain.mixers.attention import check_heads, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.s4d import (
     UNDECAYED,
@@ -35,12 +35,12 @@ from pretrain.mixers.s4d import (
     ssm_flops,
 )
 from pretrain.mixers.swa import last_tokens
-from pretrain.ops.rotary import rotate
+from pretrain.ops.normalization import prepare_heads
 from pretrain.ops.window_attention import cached_keys, window_attention
 
 
 class BSTState(NamedTuple):
-    """With r tokens of the present block seen: k, v (B, r or W + r, H, K), keys not rotated;
+    """With r tokens of the present block seen: k, v (B, r or W + r, H, K), as projected;
     context_k, context_v (B, r, H, K); ssm (B, D, 2, N). Bounded, and shortest at block edges."""
 
     position: Tensor
@@ -116,8 +116,8 @@ class BlockStateTransformer(TokenMixer):
         )
         self.qkv_proj = nn.Linear(d_model, 4 * d_model, bias=False)  # q, k, v and q2
         self.context_proj = nn.Linear(d_model, 2 * d_model, bias=False)  # kc and vc
-        self.qk_norm = QKNorm(n_heads, self.head_dim)
-        self.context_norm = QKNorm(n_heads, self.head_dim)
+        self.qk_scale = qk_scale(n_heads, self.head_dim)
+        self.context_scale = qk_scale(n_heads, self.head_dim)
         self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
 
     def forward(
@@ -127,19 +127,16 @@ class BlockStateTransformer(TokenMixer):
         s, ssm = self.ssm(x, None if state is None else state.ssm, clock.resets, clock.edges)
         q, k, v, q2 = self.qkv_proj(x).unflatten(-1, (4, self.n_heads, self.head_dim)).unbind(2)
         kc, vc = self.context_proj(s).unflatten(-1, (2, self.n_heads, self.head_dim)).unbind(2)
-        q, k = self.qk_norm(q, k)
-        q2, kc = self.context_norm(q2, kc)
         if state is not None:
             k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in ((state.k, k), (state.v, v)))
             kc = torch.cat([state.context_k.to(kc.dtype), kc], 1)
             vc = torch.cat([state.context_v.to(vc.dtype), vc], 1)
 
         offset, fresh = clock.phase % self.block_size, clock.fresh_blocks(self.block_size)
-        (q,) = rotate(q, start=k.shape[1] - q.shape[1], base=self.rotary_base)
-        (k_turned,) = rotate(k, start=0, base=self.rotary_base)
+        cached, base = k.shape[1] - q.shape[1], self.rotary_base
         own = window_attention(
-            q,
-            k_turned,
+            prepare_heads(q, normalize=True, scale=self.qk_scale, start=cached, base=base),
+            prepare_heads(k, normalize=True, start=0, base=base),
             v,
             block_size=self.block_size,
             reach=self.self_attention,
@@ -148,7 +145,13 @@ class BlockStateTransformer(TokenMixer):
             scale=1.0,
         )
         context = window_attention(
-            q2, kc, vc, block_size=self.block_size, reach="own", offset=offset, scale=1.0
+            prepare_heads(q2, normalize=True, scale=self.context_scale),
+            prepare_heads(kc, normalize=True),
+            vc,
+            block_size=self.block_size,
+            reach="own",
+            offset=offset,
+            scale=1.0,
         )
         y = self.out_proj(torch.cat([own, context], 2).flatten(2))
 

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.mixers.attention import QKNorm, check_heads
+from pretrain.mixers.attention import check_heads, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
-from pretrain.ops.rotary import rotate
+from pretrain.ops.normalization import prepare_heads
 from pretrain.ops.window_attention import window_attention
 
 
 class WindowState(NamedTuple):
-    """k, v: (B, W, H, K), the last W tokens; keys are not rotated, since positions are counted from
+    """k, v: (B, W, H, K), the last W tokens; keys as projected, since positions are counted from
     the start of the cache. Entries older than `position` belong to another document."""
 
     position: Tensor
@@ -56,7 +56,7 @@ class SlidingWindowAttention(TokenMixer):
         self.head_dim = check_heads("swa", d_model, n_heads)
         self.rotary_base = rotary_base
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.qk_norm = QKNorm(n_heads, self.head_dim) if qk_norm else None
+        self.qk_scale = qk_scale(n_heads, self.head_dim) if qk_norm else None
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
@@ -64,23 +64,20 @@ class SlidingWindowAttention(TokenMixer):
     ) -> MixerOutput:
         clock = self.clock(x, state, resets)
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
-        if self.qk_norm is not None:
-            q, k = self.qk_norm(q, k)
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], 1)
             v = torch.cat([state.v.to(v.dtype), v], 1)
         cached = k.shape[1] - q.shape[1]
-        (q_turned,) = rotate(q, start=cached, base=self.rotary_base)
-        (k_turned,) = rotate(k, start=0, base=self.rotary_base)
+        normalize, base = self.qk_scale is not None, self.rotary_base
         y = window_attention(
-            q_turned,
-            k_turned,
+            prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=cached, base=base),
+            prepare_heads(k, normalize=normalize, start=0, base=base),
             v,
             block_size=self.window_size,
             reach="window",
             offset=clock.phase % self.window_size,
             fresh=clock.fresh_blocks(self.window_size),
-            scale=1.0 if self.qk_norm is not None else None,
+            scale=1.0 if self.qk_scale is not None else None,
         )
         kept = (last_tokens(part, self.window_size) for part in (k, v))
         state = WindowState(*clock.after(x), *kept)

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.ops.numerics import no_autocast, wide_dtype
+from pretrain.ops.normalization import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019) in at least fp32, with a learned gain."""
+    """Root-mean-square norm (Zhang & Sennrich 2019) with a learned gain; see `rms_norm`."""
 
     def __init__(self, d_model: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -16,10 +16,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        with no_autocast(x):
-            wide = x.to(wide_dtype(x))
-            normed = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
-            return normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

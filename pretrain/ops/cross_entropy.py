@@ -64,17 +64,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk_size):
                 part = slice(start, start + chunk_size)
                 h, index, counts = hidden[part].to(dtype), targets[part, None], mask[part]
-                logits = (h @ w.T).to(wide)
-                log_z = logits.logsumexp(-1)
-                nll[part] = (log_z - logits.gather(1, index).squeeze(1)) * counts
+                log_p = F.log_softmax(h @ w.T, -1, dtype=wide)
+                nll[part] = log_p.gather(1, index).squeeze(1).neg_().mul_(counts)
                 if d_hidden is None or d_weight is None:
                     continue
-                # d nll / d logits = softmax - onehot, in place of the logits.
-                d = logits.sub_(log_z.unsqueeze(1)).exp_()
+                # d nll / d logits = softmax - onehot. Uncounted tokens are struck from the narrow
+                # factors of the two products, never from the wide one.
+                d = log_p.exp_()
                 d.scatter_add_(1, index, d.new_full((1, 1), -1.0).expand_as(index))
-                d = d.mul_(counts.unsqueeze(1)).to(dtype)
-                d_hidden[part] = d @ w
-                d_weight += d.T @ h
+                d, counts = d.to(dtype), counts.unsqueeze(1)
+                d_hidden[part] = (d @ w) * counts
+                d_weight += d.T @ (h * counts)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)

@@ -17,6 +17,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pretrain.ops.numerics import no_autocast
 
 Reach = Literal["window", "own", "own_and_previous"]
 
@@ -37,7 +40,7 @@ def window_attention(
     fresh: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Blocked SDPA over queries that continue a stream.
+    """Attention of queries that continue a stream.
 
     Args:
         q: (B, T, H, K).
@@ -53,18 +56,35 @@ def window_attention(
     Returns:
         (B, T, H, K).
     """
+    form = _window_attention_matmul if q.device.type == "cpu" else window_attention_sdpa
+    return form(
+        q, k, v, block_size=block_size, reach=reach, offset=offset, fresh=fresh, scale=scale
+    )
+
+
+def window_attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    reach: Reach,
+    offset: int = 0,
+    fresh: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """One fused kernel for all whole blocks, at the price of copying each key twice."""
     length, cached = q.shape[1], k.shape[1] - q.shape[1]
     outputs, block = [], 0
     for start, stop, size in _query_runs(length, offset, block_size):
         at = offset if start == 0 else 0  # place of the run's first query in its block
-        # Keys in front of the block: what the cache holds, or the previous block.
-        back = cached - offset if start == 0 else 0 if reach == "own" else block_size
+        back = _keys_in_front(reach, block_size, cached - offset, start)
         count = (stop - start) // size
         first_key = cached + start - at - back
         keys, values = (_key_blocks(x, first_key, back, at + size, count) for x in (k, v))
         queries = q[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)
         flags = fresh[:, block : block + count] if fresh is not None else None
-        mask = _mask(reach, block_size, at, back, size, flags, q.device)
+        mask = _visible(reach, block_size, at, back, size, flags, q.device)
         y = F.scaled_dot_product_attention(
             queries,
             keys.transpose(1, 2),
@@ -76,6 +96,13 @@ def window_attention(
         outputs.append(y.transpose(1, 2).unflatten(0, (-1, count)).flatten(1, 2))
         block += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+def _keys_in_front(reach: Reach, block_size: int, first: int, start: int) -> int:
+    """Keys that a block sees before its own: for the first block, those that the cache holds."""
+    if start == 0:
+        return first
+    return 0 if reach == "own" else block_size
 
 
 def _query_runs(length: int, offset: int, block_size: int) -> list[tuple[int, int, int]]:
@@ -103,7 +130,7 @@ def _key_blocks(x: Tensor, start: int, back: int, own: int, count: int) -> Tenso
     return torch.cat(blocks, 2).flatten(0, 1)
 
 
-def _mask(
+def _visible(
     reach: Reach,
     block_size: int,
     at: int,
@@ -124,6 +151,94 @@ def _mask(
         return visible
     hidden = fresh.flatten()[:, None, None] & (key < 0)
     return (visible & ~hidden).unsqueeze(1)
+
+
+def _window_attention_matmul(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    reach: Reach,
+    offset: int = 0,
+    fresh: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Block by block with plain matmuls: no copies of keys, scores that fit the cache.
+
+    The CPU's form: 3x faster than its flash kernel in bf16, equal in fp32.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    with no_autocast(q):
+        y = _BlockAttention.apply(q, k, v, block_size, reach, offset, fresh, scale, needs_gradient)
+    return y.transpose(1, 2)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_size: int,
+        reach: Reach,
+        offset: int,
+        fresh: Tensor | None,
+        scale: float,
+        needs_gradient: bool,
+    ):
+        """q (B, H, T, K), k and v (B, H, M + T, K)."""
+        q, k, v = (x.contiguous() for x in (q * scale, k, v))
+        y = torch.empty_like(q)
+        blocks, saved = _blocks(q, k, block_size, reach, offset), []
+        for index, (queries, keys, at, back) in enumerate(blocks):
+            size = queries.stop - queries.start
+            flags = None
+            if fresh is not None and index < fresh.shape[1]:
+                flags = fresh[:, index : index + 1]
+            visible = _visible(reach, block_size, at, back, size, flags, q.device)
+            scores = q[:, :, queries] @ k[:, :, keys].transpose(2, 3)
+            if visible is None:
+                visible = scores.new_ones(size, size, dtype=torch.bool).tril_()
+            weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
+            y[:, :, queries] = weights @ v[:, :, keys]
+            if needs_gradient:
+                saved.append(weights)
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.blocks, ctx.scale = blocks, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: Tensor):
+        q, k, v, *saved = ctx.saved_tensors
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (queries, keys, _, _), weights in zip(ctx.blocks, saved, strict=True):
+            d = d_y[:, :, queries].contiguous()
+            d_v[:, :, keys] += weights.transpose(2, 3) @ d
+            d_weights = d @ v[:, :, keys].transpose(2, 3)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_q[:, :, queries] = (d_scores @ k[:, :, keys]).mul_(ctx.scale)
+            d_k[:, :, keys] += d_scores.transpose(2, 3) @ q[:, :, queries]
+        return d_q, d_k, d_v, None, None, None, None, None, None
+
+
+def _blocks(
+    q: Tensor, k: Tensor, block_size: int, reach: Reach, offset: int
+) -> list[tuple[slice, slice, int, int]]:
+    """For each block: its queries, its keys, the place of its first query, the keys in front."""
+    cached, blocks = k.shape[2] - q.shape[2], []
+    for start, stop, size in _query_runs(q.shape[2], offset, block_size):
+        at = offset if start == 0 else 0
+        back = _keys_in_front(reach, block_size, cached - offset, start)
+        for first in range(start, stop, size):
+            last = cached + first + size
+            keys = slice(cached + first - at - back, last)
+            blocks.append((slice(first, first + size), keys, at, back))
+    return blocks
 
 
 def window_attention_naive(

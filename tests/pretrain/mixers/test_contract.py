@@ -1,0 +1,328 @@
+"""The contract that every token mixer keeps; a mixer without a row here does not exist.
+
+Shapes: B batch, T time, D width. W is the mixers' window and block size, G the reset grid.
+"""
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain import mixers
+from pretrain.mixers.base import TokenMixer, cat_states, index_state, map_state
+
+D_MODEL, W, BATCH = 8, 8, 2
+RAGGED = 3 * W + 3  # ends inside a block
+
+BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3}
+TABLE: dict[str, dict[str, dict[str, Any]]] = {
+    "attention": {
+        "rotary": {"n_heads": 2},
+        "qk_norm": {"n_heads": 2, "qk_norm": True},
+    },
+    "bst": {
+        "own_and_previous": BST,
+        "own": BST | {"self_attention": "own"},
+    },
+    "s4d": {
+        "lin": {"n_modes": 3, "chunk_size": 4},
+        "legs": {"n_modes": 3, "chunk_size": 4, "init": "legs"},
+        "real": {"n_modes": 3, "chunk_size": W, "init": "real"},
+    },
+    "swa": {
+        "rotary": {"n_heads": 2, "window_size": W},
+        "qk_norm": {"n_heads": 2, "window_size": W, "qk_norm": True},
+    },
+}
+ROWS = [(name, variant) for name, variants in TABLE.items() for variant in variants]
+
+# The same sum in another order: what rounding allows, with room for cancellation.
+SAME = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+SPLITS = {
+    "single tokens": [1] * RAGGED,
+    "odd points": [3, 1, 4, 1, 5, 9, 2, 2],
+    "around block edges": [W - 1, 2, W - 1, W + 1, 2],
+    "blocks and a tail": [W, 2 * W, 3],
+}
+
+pytestmark = pytest.mark.parametrize(("name", "variant"), ROWS, ids=lambda value: value)
+
+
+def build(name: str, variant: str, dtype: torch.dtype = torch.float64) -> TokenMixer:
+    torch.manual_seed(0)
+    mixer = mixers.build(name, d_model=D_MODEL, **TABLE[name][variant]).to(dtype)
+    mixer.reset_grid = math.lcm(mixer.block_size, W)
+    return mixer
+
+
+def inputs(length: int = RAGGED, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, length, D_MODEL, generator=generator, dtype=dtype)
+
+
+def run_split(
+    mixer: TokenMixer, x: Tensor, sizes: list[int], state: Any = None, resets: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """Runs `x` in calls of the given sizes, each with the flags of the edges inside it."""
+    assert sum(sizes) == x.shape[1]
+    outputs, start = [], 0
+    for size in sizes:
+        flags = None
+        if resets is not None:
+            inside = [
+                i for i in range(resets.shape[1]) if start <= i * mixer.reset_grid < start + size
+            ]
+            flags = resets[:, inside]
+        output = mixer(x[:, start : start + size], state, resets=flags)
+        outputs.append(output.y)
+        state, start = output.state, start + size
+    return torch.cat(outputs, 1), state
+
+
+def gradients(mixer: TokenMixer, x: Tensor, y: Tensor, state: Any) -> list[Tensor]:
+    """Of a fixed random functional of the outputs and of the final state."""
+    generator = torch.Generator().manual_seed(2)
+    leaves = [t for t in flat(state) if t.is_floating_point() and t.numel()]
+    total = y.new_zeros(())
+    for t in [y, *leaves]:
+        total = total + (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+    return list(torch.autograd.grad(total, [x, *mixer.parameters()]))
+
+
+def flat(state: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_state(found.append, state)
+    return found
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Largest difference relative to the largest wanted value."""
+    assert got.shape == want.shape
+    if want.numel():
+        error = (got - want).abs().max() / want.abs().max().clamp(min=1e-30)
+        assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
+
+
+def test_every_registered_mixer_has_a_row(name: str, variant: str) -> None:
+    assert name in mixers.names()
+    assert sorted(TABLE) == mixers.names()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("carried", [False, True], ids=["fresh", "carried"])
+def test_the_future_changes_no_bit_of_the_past(
+    name: str, variant: str, scale: float, carried: bool
+) -> None:
+    mixer = build(name, variant, torch.float32)
+    x = inputs(dtype=torch.float32)
+    # A state after an odd number of tokens shifts all block edges inside the call.
+    state = mixer(inputs(W + 3, torch.float32, seed=5)).state if carried else None
+    y = mixer(x, state).y
+    for last in (0, W - 4, W - 1, W, W + 1, 2 * W, RAGGED - 2):
+        redrawn = x.clone()
+        redrawn[:, last + 1 :] = scale * inputs(RAGGED - last - 1, torch.float32, seed=last)
+        assert torch.equal(mixer(redrawn, state).y[:, : last + 1], y[:, : last + 1])
+
+
+@pytest.mark.parametrize("dtype", SAME, ids=str)
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_any_split_gives_the_same_outputs_gradients_and_state(
+    name: str, variant: str, sizes: list[int], dtype: torch.dtype
+) -> None:
+    mixer = build(name, variant, dtype)
+    x = inputs(dtype=dtype).requires_grad_()
+    y, state = run_split(mixer, x, [RAGGED])
+    got_y, got_state = run_split(mixer, x, sizes)
+    assert_close(got_y, y, SAME[dtype])
+    for got, want in zip(flat(got_state), flat(state), strict=True):
+        assert_close(got.to(dtype), want.to(dtype), SAME[dtype])
+    wanted = gradients(mixer, x, y, state)
+    for got, want in zip(gradients(mixer, x, got_y, got_state), wanted, strict=True):
+        assert_close(got, want, SAME[dtype])
+
+
+def test_initial_state_is_the_start_of_a_document(name: str, variant: str) -> None:
+    mixer, x = build(name, variant), inputs()
+    state = mixer.init_state(BATCH, device=x.device, dtype=x.dtype)
+    assert_close(mixer(x, state).y, mixer(x).y, SAME[torch.float64])
+
+
+@pytest.mark.parametrize("blocks", [1, 2], ids=["own grid", "coarser grid"])
+@pytest.mark.parametrize("sizes", [[RAGGED], *SPLITS.values()], ids=["one call", *SPLITS])
+def test_resets_separate_documents(name: str, variant: str, sizes: list[int], blocks: int) -> None:
+    mixer = build(name, variant)
+    mixer.reset_grid = blocks * mixer.block_size
+    grid, x = mixer.reset_grid, inputs().requires_grad_()
+    edges = range(0, RAGGED, grid)
+    resets = torch.rand(BATCH, len(edges), generator=torch.Generator().manual_seed(3)) < 0.4
+    resets[0, 0], resets[1, 0] = True, False  # at the start of a stream both mean the same
+    resets[1, -1] = True
+    y, state = run_split(mixer, x, sizes, resets=resets)
+
+    documents, lengths = [], []
+    for lane in range(BATCH):
+        starts = [0, *(edge for i, edge in enumerate(edges) if i and resets[lane, i])]
+        parts = [
+            mixer(x[lane : lane + 1, a:b])
+            for a, b in zip(starts, [*starts[1:], RAGGED], strict=True)
+        ]
+        documents.append(torch.cat([part.y for part in parts], 1))
+        lengths.append(RAGGED - starts[-1])
+    want = torch.cat(documents)
+    assert_close(y, want, SAME[torch.float64])
+    assert state.position.tolist() == lengths
+    weights = inputs(seed=4)
+    leaves = [x, *mixer.parameters()]
+    got = torch.autograd.grad((y * weights).sum(), leaves)
+    wanted = torch.autograd.grad((want * weights).sum(), leaves)
+    for a, b in zip(got, wanted, strict=True):
+        assert_close(a, b, SAME[torch.float64])
+    # The state goes on with the last document and knows nothing of the ones before it.
+    more = inputs(W, seed=6)
+    inside = [i for i in range(W) if (state.phase.shape[1] + i) % grid == 0]
+    after = mixer(more, state, resets=torch.zeros(BATCH, len(inside), dtype=torch.bool)).y
+    for lane in range(BATCH):
+        document = x[lane : lane + 1, RAGGED - lengths[lane] :]
+        whole = mixer(torch.cat([document, more[lane : lane + 1]], 1)).y
+        assert_close(after[lane : lane + 1], whole[:, -W:], SAME[torch.float64])
+
+
+def test_a_wrong_number_of_reset_flags_is_refused(name: str, variant: str) -> None:
+    mixer, x = build(name, variant), inputs()
+    flags = len(range(0, RAGGED, mixer.reset_grid)) + 1
+    with pytest.raises(ValueError, match="edges of the reset grid"):
+        mixer(x, resets=torch.zeros(BATCH, flags, dtype=torch.bool))
+
+
+def test_lanes_of_a_state_can_be_taken_apart_and_joined(name: str, variant: str) -> None:
+    mixer, x = build(name, variant), inputs()
+    state = mixer(inputs(W + 3, seed=5)).state
+    lanes = [
+        mixer(x[lane : lane + 1], index_state(state, slice(lane, lane + 1)))
+        for lane in range(BATCH)
+    ]
+    whole = mixer(x, state)
+    assert_close(torch.cat([lane.y for lane in lanes]), whole.y, SAME[torch.float64])
+    joined = cat_states([lane.state for lane in lanes])
+    for got, want in zip(flat(joined), flat(whole.state), strict=True):
+        assert_close(got.double(), want.double(), SAME[torch.float64])
+
+
+def test_state_size_is_constant_unless_the_mixer_says_otherwise(name: str, variant: str) -> None:
+    mixer = build(name, variant)
+    sizes = [
+        sum(t.numel() for t in flat(mixer(inputs(n * mixer.reset_grid)).state)) for n in (2, 4, 8)
+    ]
+    assert (len(set(sizes)) == 1) == mixer.constant_state
+
+
+def test_every_parameter_gets_a_gradient(name: str, variant: str) -> None:
+    mixer = build(name, variant)
+    mixer(inputs()).y.square().sum().backward()
+    for key, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+
+
+def test_gradients_flow_through_the_carried_state(name: str, variant: str) -> None:
+    mixer = build(name, variant)
+    x = inputs(W - 3).requires_grad_()
+    mixer(inputs(W, seed=5), mixer(x).state).y.square().sum().backward()
+    assert x.grad is not None
+    # The first token of `x` too is within everyone's reach of the second call.
+    assert (x.grad.abs().amax((0, 2)) > 0).all()
+
+
+def test_declared_parameters_exist(name: str, variant: str) -> None:
+    mixer = build(name, variant)
+    declared = mixer.no_decay_parameters() | mixer.ssm_parameters()
+    assert declared <= {key for key, _ in mixer.named_parameters()}
+    # Whoever trains at the state-space rate is not decayed either.
+    assert mixer.ssm_parameters() <= mixer.no_decay_parameters()
+
+
+@pytest.mark.parametrize("length", [2 * W, 8 * W, RAGGED])
+def test_flops_are_those_counted(name: str, variant: str, length: int) -> None:
+    mixer = build(name, variant, torch.float32)
+    x = inputs(length, torch.float32)[:1]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        mixer(x)
+    executed = mixer.executed_flops(length)
+    assert counter.get_total_flops() == pytest.approx(executed, rel=0.02)
+    # The convention leaves out masked entries only.
+    assert mixer.flops_per_token(length) * length <= executed * 1.0001
+    assert mixer.flops_per_token(length) * length >= executed * 0.4
+
+
+def test_compiles_without_a_graph_break(name: str, variant: str) -> None:
+    mixer = build(name, variant, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=False)
+    state = map_state(lambda t: t.detach(), mixer(inputs(W, torch.float32, seed=5)).state)
+    x = inputs(2 * W, torch.float32).requires_grad_()
+    resets = torch.zeros(BATCH, 2 * W // mixer.reset_grid, dtype=torch.bool)
+    resets[1, -1] = True
+    for arguments in ((), (state,), (state, resets)):
+        flags = arguments[1] if len(arguments) == 2 else None
+        outputs = [
+            f(x, arguments[0] if arguments else None, resets=flags) for f in (compiled, mixer)
+        ]
+        got, want = ([o.y, *gradients(mixer, x, o.y, o.state)] for o in outputs)
+        for a, b in zip(got, want, strict=True):
+            assert_close(a, b, SAME[torch.float32])
+
+
+def test_weights_and_states_survive_saving(name: str, variant: str) -> None:
+    mixer, x = build(name, variant), inputs()
+    output = mixer(x)
+    file = io.BytesIO()
+    torch.save((mixer.state_dict(), tuple(t.detach() for t in output.state)), file)
+    file.seek(0)
+    weights, state = torch.load(file)
+    torch.manual_seed(99)
+    other = mixers.build(name, d_model=D_MODEL, **TABLE[name][variant]).double()
+    other.reset_grid = mixer.reset_grid
+    other.load_state_dict(weights)
+    continued = other(x, type(output.state)(*state))
+    assert torch.equal(continued.y, mixer(x, output.state).y)
+
+
+def test_autocast_stays_close_and_keeps_wide_states(name: str, variant: str) -> None:
+    mixer = build(name, variant, torch.float32)
+    x = inputs(dtype=torch.float32)
+    want = mixer(x).y
+    with torch.autocast("cpu", torch.bfloat16):
+        first = mixer(x[:, : W + 3])
+        second = mixer(x[:, W + 3 :], first.state)
+        y = torch.cat([first.y, second.y], 1)
+    # bf16 has 8 bits; a few roundings in a row.
+    error = (y.float() - want).norm() / want.norm()
+    assert error < 3e-2
+    if hasattr(first.state, "ssm"):
+        assert second.state.ssm.dtype == torch.float32
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_forward_mutates_nothing(name: str, variant: str, training: bool) -> None:
+    mixer, x = build(name, variant).train(training), inputs()
+    state = mixer(inputs(W + 3, seed=5)).state
+    held = [x, *mixer.state_dict().values(), *flat(state)]
+    before = [t.detach().clone() for t in held]
+    mixer(x, state)
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+
+
+def test_two_sided_use_is_refused_without_a_two_sided_form(name: str, variant: str) -> None:
+    if mixers.MIXERS[name].two_sided:
+        mixers.build(name, d_model=D_MODEL, causal=False, **TABLE[name][variant])
+    else:
+        with pytest.raises(ValueError, match="no two-sided form"):
+            mixers.build(name, d_model=D_MODEL, causal=False, **TABLE[name][variant])
