@@ -203,6 +203,7 @@ def _inputs(config: PrepareConfig, files: dict[str, list[SourceFile]]) -> dict[s
     else:
         tokenizer |= {"sha256": load_tokenizer(config.tokenizer).sha256}
     return {
+        "format_version": FORMAT_VERSION,
         # Content, not the place on this machine.
         "files": {split: {f.name: f.sha256 for f in part} for split, part in files.items()},
         "text_field": config.text_field,
@@ -315,7 +316,8 @@ def _write_shards(
         (out / split).mkdir(exist_ok=True)
         for i, unit in enumerate(part):
             stem = out / split / _shard_name(i)
-            if read_sidecar(stem) is None:
+            sidecar = read_sidecar(stem)
+            if sidecar is None or sidecar["tokenizer_sha256"] != tokenizer.sha256:
                 todo.append((unit, stem))
             else:
                 done_bytes += unit.text_bytes

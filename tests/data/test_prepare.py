@@ -6,6 +6,7 @@ import lzma
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,17 @@ def test_a_lost_shard_is_made_again(source: Path, tmp_path: Path, lost: str) -> 
     (out / "manifest.json").unlink()
     assert main(arguments(source, out)) == 0
     assert hashes(out) == before
+
+
+def test_shards_of_another_tokenizer_are_not_mixed_in(source: Path, tmp_path: Path) -> None:
+    """An unfinished corpus whose tokenizer file was exchanged before it was continued."""
+    settings = {"tokenizer": "unigram", "vocab_size": 330}
+    prepare(make_config(source, tmp_path / "a", **settings))
+    prepare(make_config(source, tmp_path / "b", **settings | {"vocab_size": 331}))
+    shutil.copy(tmp_path / "b" / "tokenizer.model", tmp_path / "a" / "tokenizer.model")
+    (tmp_path / "a" / "manifest.json").unlink()
+    prepare(make_config(source, tmp_path / "a", **settings))
+    assert hashes(tmp_path / "a" / "train") == hashes(tmp_path / "b" / "train")
 
 
 def test_other_inputs_for_the_same_folder_are_refused_by_name(
