@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data.loader import build_loader
 from data.shards import Corpus
@@ -23,7 +22,7 @@ from data.tokenizer import BOS_ID
 from pretrain.config import RunConfig, differences, load_config, load_saved_config, save_config
 from pretrain.models import LanguageModel
 from pretrain.training.checkpoint import checkpoint_bytes
-from pretrain.training.engine import World, start_process_group
+from pretrain.training.engine import World, leave, start_process_group
 from pretrain.training.environment import describe_environment, git_commit
 from pretrain.training.manifest import CheckpointError, check_room, write_json
 from pretrain.training.metrics import CorpusFacts, say
@@ -42,9 +41,6 @@ def main(arguments: list[str]) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def run(arguments: list[str]) -> int:
@@ -163,4 +159,4 @@ def describe_run(config: RunConfig, world: World, screen: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

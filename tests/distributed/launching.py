@@ -69,16 +69,27 @@ def shared_memory_files() -> set[str]:
 
 def start_runs(folder: Path, runs: list[Run], *, processes: int) -> subprocess.Popen[str]:
     """Starts tiny_run.py on `runs`, one after another in one process group."""
-    specification = folder / f"runs_{processes}_{free_port()}.json"
-    specification.write_text(json.dumps([asdict(run) for run in runs]))
-    return start(TINY_RUN, [str(specification)], processes=processes)
+    return start(TINY_RUN, [str(_specification(folder, runs))], processes=processes)
 
 
-def train(folder: Path, runs: list[Run], *, processes: int, code: int | None = 0) -> str:
-    """Trains `runs` to their ends; checks the exit code unless it is None."""
-    returned, output = finish(start_runs(folder, runs, processes=processes))
-    assert code is None or returned == code, f"exit code {returned}:\n{output[-6000:]}"
-    return output
+def train(folder: Path, runs: list[Run], *, processes: int, code: int = 0) -> list[dict[str, Any]]:
+    """Trains `runs` and checks the exit code.
+
+    Returns:
+        For each run the `code` and error `message` that it would have ended with on its own; empty
+        when the launch was killed.
+    """
+    specification = _specification(folder, runs)
+    returned, output = finish(start(TINY_RUN, [str(specification)], processes=processes))
+    assert returned == code, f"exit code {returned}:\n{output[-6000:]}"
+    outcomes = specification.with_suffix(".outcomes")
+    return json.loads(outcomes.read_text()) if outcomes.exists() else []
+
+
+def _specification(folder: Path, runs: list[Run]) -> Path:
+    path = folder / f"runs_{len(list(folder.glob('runs_*.json')))}.json"
+    path.write_text(json.dumps([asdict(run) for run in runs]))
+    return path
 
 
 def trajectory(run: Run) -> list[tuple[float, float]]:
@@ -87,13 +98,6 @@ def trajectory(run: Run) -> list[tuple[float, float]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [(row["loss"], row["grad_norm"]) for row in rows]
-
-
-def outcome(run: Run) -> dict[str, Any]:
-    """Exit code and error message that `run` would have ended with on its own."""
-    content = json.loads((Path(run.out_dir) / run.name / "outcome.json").read_text())
-    assert isinstance(content, dict)
-    return content
 
 
 def checkpoints(run: Run) -> Path:

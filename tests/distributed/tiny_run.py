@@ -4,7 +4,7 @@
                                                one process group, each into its own run directory
 
 Faults are put in from here, the code under test has no hooks: signals are raised by the loader,
-and an audit hook kills the process just before its n-th file operation on the checkpoint folder.
+and an audit hook kills the process just before a chosen file operation.
 """
 
 import json
@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
-from pretrain.training.engine import World, start_process_group
-from pretrain.training.manifest import CheckpointError, checkpoint_name
+from pretrain.training.engine import World, leave, start_process_group
+from pretrain.training.manifest import CheckpointError
 from pretrain.training.metrics import CorpusFacts
 from pretrain.training.trainer import Trainer, TrainingError
 from tests.distributed.tiny_lm import LANES, SEQ_LEN, TinyLM, TinyLoader
 
 EXIT_PREEMPTED = 75
-FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Run:
     fault_rank: int = 0
     poison_from: int | None = None
     abandon_at: int | None = None  # the process forgets the run before this step, saving nothing
-    kill_at_file_event: tuple[int, int] | None = None  # (step of the checkpoint, n-th operation)
+    kill_before: tuple[str, str] | None = None  # (audit event, path below checkpoints/)
     file_size_limit: int | None = None  # bytes, on `fault_rank`, as a full disk would be
 
 
@@ -111,17 +110,12 @@ class FaultyLoader(TinyLoader):
             yield batches
 
 
-def on_file_event(folder: Path, action: Callable[[int], None]) -> None:
-    """Calls `action(n)` just before this process' n-th operation on files named like `folder`."""
-    seen = 0
+def kill_before(event: str, path: Path) -> None:
+    """SIGKILLs this process just before its first such operation on `path`."""
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event in FILE_EVENTS and str(folder.parent) in str(arguments[0]):
-            if folder.name not in str(arguments[0]):
-                return
-            seen += 1
-            action(seen)
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        if name == event and str(arguments[0]) == str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
@@ -136,12 +130,9 @@ def build_trainer(run: Run, world: World) -> Trainer:
 
 
 def train(run: Run, world: World) -> int:
-    if run.kill_at_file_event is not None and world.rank == run.fault_rank:
-        step, number = run.kill_at_file_event
-        folder = Path(run.out_dir) / run.name / "checkpoints" / checkpoint_name(step)
-        on_file_event(
-            folder, lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == number else None
-        )
+    if run.kill_before is not None and world.rank == run.fault_rank:
+        event, path = run.kill_before
+        kill_before(event, Path(run.out_dir) / run.name / "checkpoints" / path)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     if run.file_size_limit is not None and world.rank == run.fault_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_size_limit, unlimited[1]))
@@ -158,7 +149,7 @@ def main(spec: str) -> int:
     torch.set_num_threads(1)
     runs = [Run(**entry) for entry in json.loads(Path(spec).read_text())]
     world = start_process_group(config_of(runs[0], int(os.environ.get("WORLD_SIZE", "1"))))
-    codes = []
+    outcomes: list[dict[str, Any]] = []
     for run in runs:
         code, message = 0, ""
         try:
@@ -167,13 +158,11 @@ def main(spec: str) -> int:
             message = "abandoned"
         except (ValueError, TrainingError, CheckpointError) as error:
             code, message = (2 if isinstance(error, ValueError) else 1), str(error)
-        codes.append(code)
-        if world.is_main:
-            outcome = {"code": code, "message": message}
-            (Path(run.out_dir) / run.name / "outcome.json").write_text(json.dumps(outcome))
-    torch.distributed.destroy_process_group()
-    return max(codes)
+        outcomes.append({"code": code, "message": message})
+    if world.is_main:
+        Path(spec).with_suffix(".outcomes").write_text(json.dumps(outcomes))
+    return max(outcome["code"] for outcome in outcomes)
 
 
 if __name__ == "__main__":
-    sys.exit(main(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))))
+    leave(main(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))))

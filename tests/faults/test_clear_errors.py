@@ -1,0 +1,142 @@
+"""What goes wrong ends with one clear error, the right exit code, and nothing lost.
+
+Each fault is a run of its own in a shared process group: that the next run still works also shows
+that no rank was left waiting.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.training.load import load_weights
+from pretrain.training.manifest import newest_complete
+from tests.distributed.launching import checkpoints, train, trajectory
+from tests.distributed.tiny_run import EXIT_PREEMPTED, Run
+
+pytestmark = pytest.mark.distributed
+
+
+def short_run(folder: Path, name: str, stage: int = 1) -> Run:
+    return Run(name, str(folder), stage, steps=8, save_every=4)
+
+
+def refused(folder: Path) -> dict[str, tuple[Run, str]]:
+    """Runs that must not continue the finished run `base`, and what they are told."""
+    base = short_run(folder, "base")
+    return {
+        "another model": (
+            replace(base, other_model=True),
+            "another model: 'embedding.weight' is [32, 8] there and [33, 8] in this configuration",
+        ),
+        "another tokenizer": (replace(base, tokenizer="other"), "its tokenizer (other) is not"),
+        "another data order": (replace(base, seed=1), "seed=1 here, 0 in the checkpoint"),
+        "another ZeRO family": (
+            replace(base, stage=3, reshard=True),
+            "zero.stage=3: the checkpoint was written by 2 process(es) at zero.stage=1",
+        ),
+        "another layout": (replace(base, stage=2), "Set resume.reshard=true to convert it"),
+        "overwriting": (replace(base, resume="never"), "already holds checkpoints"),
+        "nothing to resume": (
+            replace(base, name="nothing", resume="must"),
+            "resume.mode=must: no checkpoint in",
+        ),
+    }
+
+
+REFUSED = tuple(refused(Path()))
+NAN_STAGES = (0, 1, 3)
+FULL_DISK_STAGES = (1, 3)
+
+
+def poisoned(folder: Path, stage: int) -> Run:
+    """A NaN in the loss of one rank from step 7 on, with checkpoints after 4 and 8."""
+    return replace(short_run(folder, f"nan{stage}", stage), steps=20, poison_from=6)
+
+
+def disk_full(folder: Path, stage: int) -> Run:
+    """The disk of rank 1 is full when the checkpoint after step 8 is written."""
+    run = short_run(folder, f"full{stage}", stage)
+    return replace(run, steps=12, file_size_limit=1000, fault_rank=1)
+
+
+def told_to_stop(folder: Path) -> Run:
+    return replace(short_run(folder, "stopped"), signals={"SIGTERM": 5}, fault_rank=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Everything in one launch of two processes."""
+    runs = {
+        "base": short_run(folder, "base"),
+        **{name: run for name, (run, _) in refused(folder).items()},
+        **{f"nan{stage}": poisoned(folder, stage) for stage in NAN_STAGES},
+        **{
+            f"room{s}": replace(disk_full(folder, s), steps=4, file_size_limit=None) for s in (1, 3)
+        },
+        **{f"full{stage}": disk_full(folder, stage) for stage in FULL_DISK_STAGES},
+        "stopped": told_to_stop(folder),
+    }
+    results = train(folder, list(runs.values()), processes=2, code=EXIT_PREEMPTED)
+    return dict(zip(runs, results, strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_resume_is_refused_with_its_reason(
+    name: str, folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    _, message = refused(folder)[name]
+    assert outcomes[name]["code"] == 2
+    assert message in outcomes[name]["message"]
+    newest, passed_over = newest_complete(checkpoints(short_run(folder, "base")))
+    assert (newest.name if newest else None, passed_over) == ("step_00000008", [])
+
+
+@pytest.mark.parametrize("stage", NAN_STAGES)
+def test_not_finite_loss_skips_then_stops_and_keeps_the_last_good_checkpoint(
+    stage: int, folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    assert outcomes[f"nan{stage}"]["code"] == 1
+    message = outcomes[f"nan{stage}"]["message"]
+    assert "gradients were not finite in 3 steps in a row, up to step 9" in message
+    assert "last checkpoint: step 4" in message  # 8 was due while steps were being skipped
+    newest, _ = newest_complete(checkpoints(poisoned(folder, stage)))
+    assert newest is not None
+    assert newest.name == "step_00000004"
+    assert all(w.isfinite().all() for w in load_weights(newest).values())
+    rows = trajectory(poisoned(folder, stage))
+    assert all(math.isfinite(loss) for loss, _ in rows[:6])
+    assert all(not math.isfinite(norm) for _, norm in rows[6:])
+
+
+@pytest.mark.parametrize("stage", FULL_DISK_STAGES)
+def test_full_disk_on_one_rank_fails_on_all_and_keeps_the_previous_checkpoint(
+    stage: int, folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    assert outcomes[f"full{stage}"]["code"] == 1
+    message = outcomes[f"full{stage}"]["message"]
+    assert "rank 1: OSError" in message
+    assert "The last complete checkpoint, step_00000004, is unharmed" in message
+    root = checkpoints(disk_full(folder, stage))
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000004"]
+
+
+def test_sigterm_to_one_rank_saves_on_all_exits_with_75_and_resumes_exactly(
+    folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    run = told_to_stop(folder)
+    assert outcomes["stopped"]["code"] == EXIT_PREEMPTED
+    newest, _ = newest_complete(checkpoints(run))
+    assert newest is not None
+    assert newest.name == "step_00000006"
+    assert not (checkpoints(run).parent / "DONE").exists()
+    train(folder, [replace(run, signals={}, resume="must")], processes=2)
+    assert trajectory(run) == trajectory(short_run(folder, "base"))
+    assert (checkpoints(run).parent / "DONE").exists()
