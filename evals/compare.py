@@ -2,9 +2,9 @@
 
 Both models are scored on the same targets of the same documents; the difference is taken token by
 token, summed by document, and its interval is over documents. A verdict names a winner only when
-that interval excludes zero. What cannot be compared is refused: other data, other protocol
-settings, another boundary policy, a failed gate. With another tokenizer only bits per byte compare,
-and only where both scored the same bytes of every document.
+that interval excludes zero and the difference is above rounding. What cannot be compared is
+refused: other data, other protocol settings, another boundary policy, a failed gate. With another
+tokenizer only bits per byte compare, and only where both scored the same bytes of every document.
 
 Surprising: pairing is what makes small gaps visible. On 50 documents the interval of a single
 model's loss is some 0.09 nat wide each way; that of a paired difference can be 0.004.
@@ -156,7 +156,6 @@ def _same(a: EvalRun, b: EvalRun, section: str, key: str) -> bool:
 def _verdict(
     a: EvalRun, b: EvalRun, table: TokenTable, metric: str, difference: stats.Estimate
 ) -> Verdict:
-    text = NO_DIFFERENCE
-    if difference.excludes_zero():
-        text = f"{a.name if difference.value < 0 else b.name} better"
+    better = {-1: f"{a.name} better", 1: f"{b.name} better", 0: NO_DIFFERENCE}
+    text = better[difference.sign()]
     return Verdict(table.meta["protocol"], table.meta["context"], metric, difference, text)

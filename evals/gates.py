@@ -34,8 +34,6 @@ from evals.store import TokenTable
 BOUNDS = {"fp32": (1e-4, 1e-4), "bf16": (0.1, 0.01)}
 """precision -> (largest, mean) difference of a token's NLL in nats."""
 
-MAX_GATE_TOKENS = 2048
-
 
 @dataclass(frozen=True)
 class GateResult:
@@ -79,11 +77,12 @@ def check_model(
     Args:
         model: the model.
         documents: at least one of two tokens; with one document, isolation uses its two halves.
-        max_tokens: the longest input tried, capped at `MAX_GATE_TOKENS`.
+        max_tokens: the longest input tried; well beyond the training length, where a kernel of
+            fixed length would cut the memory off.
         seed: of the perturbed positions and replacement tokens.
     """
     with torch.inference_mode():
-        tokens_a, tokens_b = _two_inputs(documents, min(max_tokens, MAX_GATE_TOKENS))
+        tokens_a, tokens_b = _two_inputs(documents, max_tokens)
         first, second = (torch.from_numpy(t)[None].to(model.device) for t in (tokens_a, tokens_b))
         alone = _nll(model, first)
         return [

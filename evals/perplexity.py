@@ -157,8 +157,7 @@ def run(
         (out_dir / stale).unlink(missing_ok=True)
 
     before = model.fingerprint()
-    longest = max(item.stop - item.start - 1 for scoring in passes for item in scoring.items)
-    gate_results = gates.check_model(model, documents, max(longest, 4 * train_length))
+    gate_results = gates.check_model(model, documents, max(2048, 4 * train_length))
     gates.require(gate_results)
 
     tables: dict[str, TokenTable] = {}

@@ -4,8 +4,8 @@ Figures are drawn from `result.json` records, one or several runs on one plot.
 """
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 COLOURS = ("#1f6feb", "#d1480f", "#1a7f4b", "#8250df", "#b0367a", "#6b7280")
 REFERENCE_COLOUR = "#57606a"
+MIN_GAIN_SPAN = 0.01  # nats
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -42,15 +43,27 @@ def series(result: Result, name: str, protocol: str = "fixed") -> list[dict[str,
     ]
 
 
-def curve_figure(results: Sequence[Result], reference: dict[str, Any] | None = None) -> Figure:
-    """Bits per byte, gain, and loss by position, for every protocol the runs have.
+class Difference(NamedTuple):
+    """A paired difference over contexts: label, and `{context, value, ci95}` for each."""
+
+    label: str
+    points: list[dict[str, Any]]
+
+
+def curve_figure(
+    results: Sequence[Result],
+    reference: dict[str, Any] | None = None,
+    differences: Sequence[Difference] = (),
+) -> Figure:
+    """Bits per byte, paired difference, gain, and loss by position: what the runs have of these.
 
     Args:
         results: one or several runs' result.json.
         reference: `{"name", "value", "ci95"}` of a model without a context axis (the n-gram), drawn
             as a horizontal line.
+        differences: of the other runs to the first; single curves' intervals are far wider.
     """
-    panels = [
+    panels: list[Callable[[Axes, Sequence[Result]], None]] = [
         draw
         for draw, needed in (
             (_draw_bpb, [("bpb", "fixed")]),
@@ -59,8 +72,10 @@ def curve_figure(results: Sequence[Result], reference: dict[str, Any] | None = N
         )
         if any(series(result, *key) for result in results for key in needed)
     ]
+    if differences:
+        panels.insert(1, lambda axis, _: _draw_differences(axis, differences))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6 * max(len(panels), 1), 4.2), layout="constrained")
+        figure = Figure(figsize=(4.3 * max(len(panels), 1), 3.7), layout="constrained")
         axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
         for axis, draw in zip(axes, panels, strict=False):
             draw(axis, results)
@@ -97,7 +112,18 @@ def _draw_bpb(axis: Axes, results: Sequence[Result]) -> None:
         _line(axis, [m["context"] for m in metrics], metrics, "ci95", result["name"], colour)
     _context_axis(axis, "context (tokens)")
     axis.set_ylabel("bits per byte")
-    axis.set_title("Same target tokens, growing context (95 % by document)")
+    axis.set_title("Loss over context, same target tokens")
+
+
+def _draw_differences(axis: Axes, differences: Sequence[Difference]) -> None:
+    for k, difference in enumerate(differences):
+        colour = COLOURS[(k + 1) % len(COLOURS)]  # that of the run in the other panels
+        contexts = [point["context"] for point in difference.points]
+        _line(axis, contexts, difference.points, "ci95", difference.label, colour)
+    axis.axhline(0.0, color=REFERENCE_COLOUR, linewidth=0.8)
+    _context_axis(axis, "context (tokens)")
+    axis.set_ylabel("bits per byte")
+    axis.set_title("Paired difference")
 
 
 def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
@@ -108,9 +134,12 @@ def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
             baseline = metrics[0]["baseline_context"]
         _line(axis, [m["context"] for m in metrics], metrics, "band95", result["name"], colour)
     axis.axhline(0.0, color=REFERENCE_COLOUR, linewidth=0.8)
+    low, high = axis.get_ylim()
+    # A model that cannot see further gains 1e-6: show that as the flat line it is.
+    axis.set_ylim(min(low, -MIN_GAIN_SPAN), max(high, MIN_GAIN_SPAN))
     _context_axis(axis, "context (tokens)")
     axis.set_ylabel("nats per token")
-    axis.set_title(f"Gain over {baseline} tokens of context (simultaneous band)")
+    axis.set_title(f"Gain over {baseline} tokens of context")
 
 
 def _draw_position(axis: Axes, results: Sequence[Result]) -> None:
@@ -122,7 +151,7 @@ def _draw_position(axis: Axes, results: Sequence[Result]) -> None:
         _line(axis, middles, metrics, "ci95", f"{result['name']} ({protocol})", colour)
     _context_axis(axis, "position in the document (tokens)")
     axis.set_ylabel("nats per token")
-    axis.set_title("Loss by position (95 % by document)")
+    axis.set_title("Loss by position")
 
 
 def _line(

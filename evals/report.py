@@ -12,6 +12,7 @@ from typing import Any
 
 from evals import plots
 from evals.compare import NO_DIFFERENCE, EvalRun, Verdict, compare
+from evals.stats import sign_of
 from evals.store import write_bytes
 
 _CSS = """
@@ -22,6 +23,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.12rem; margin: 2.
 p.lead { color: #57606a; margin: 0 0 1.2rem; } p.note { color: #57606a; font-size: 13px; }
 ul.summary { padding-left: 1.1rem; } ul.summary li { margin: .25rem 0; }
 figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; }
+figcaption { color: #57606a; font-size: 13px; }
 div.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .75rem; border-bottom: 1px solid #e5e7eb; text-align: right;
@@ -58,7 +60,9 @@ def write(runs: Sequence[EvalRun], out_dir: Path, ngram: EvalRun | None = None) 
         raise ValueError(f"gates failed in {', '.join(failed)}: there is nothing to report")
     comparisons = _comparisons(runs, ngram)
     summary = findings(runs, ngram)
-    figure = plots.curve_figure([run.result for run in runs], _reference(ngram))
+    figure = plots.curve_figure(
+        [run.result for run in runs], _reference(ngram), _differences(comparisons[: len(runs) - 1])
+    )
     sections = [
         ("Bits per byte by context", *_level_table(runs, ngram)),
         *(
@@ -77,6 +81,11 @@ def write(runs: Sequence[EvalRun], out_dir: Path, ngram: EvalRun | None = None) 
     write_bytes(out_dir / "report.md", _markdown(title, _lead(runs), summary, sections).encode())
     return out_dir / "report.html"
 
+
+_CAPTION = (
+    "Shaded: 95 % over documents; for gains a band that holds all contexts at once. "
+    "Dotted: the training length."
+)
 
 Comparison = tuple[EvalRun, EvalRun, list[Verdict]]
 Row = list[str]
@@ -127,17 +136,30 @@ def findings(runs: Sequence[EvalRun], ngram: EvalRun | None = None) -> list[str]
 
 
 def _gain_words(metric: dict[str, Any]) -> str:
-    interval = metric.get("band95") or metric.get("ci95")
-    if not interval or interval[0] <= 0 <= interval[1]:
-        return "no difference shown"
-    return "it gains" if interval[0] > 0 else "it degrades"
+    words = {1: "it gains", -1: "it degrades", 0: NO_DIFFERENCE}
+    return words[sign_of(metric["value"], metric["band95"])]
 
 
 def _reference(ngram: EvalRun | None) -> dict[str, Any] | None:
     if ngram is None:
         return None
     levels = plots.series(ngram.result, "bpb")
-    return {"name": ngram.name, **levels[-1]} if levels else None
+    return {**levels[-1], "name": ngram.name} if levels else None
+
+
+def _differences(comparisons: Sequence[Comparison]) -> list[plots.Difference]:
+    """Bits per byte of the other run minus the first, by context."""
+    differences = []
+    for a, b, verdicts in comparisons:
+        points = [
+            {"context": v.context, "value": -v.difference.value, "ci95": interval}
+            for v in verdicts
+            if v.metric == "bpb" and v.protocol.startswith("fixed")
+            for interval in [v.difference.ci95 and tuple(-x for x in v.difference.ci95[::-1])]
+        ]
+        if points:
+            differences.append(plots.Difference(f"{b.name} - {a.name}", points))
+    return differences
 
 
 def _level_table(runs: Sequence[EvalRun], ngram: EvalRun | None) -> tuple[str, Row, list[Row]]:
@@ -176,7 +198,8 @@ def _verdict_table(a: EvalRun, b: EvalRun, verdicts: list[Verdict]) -> tuple[str
         )
     note = (
         f"Paired by document; negative: {a.name} is better. A winner is named only where the "
-        "interval excludes zero. One training run each: the spread between seeds is not in it."
+        "interval excludes zero and the difference is above rounding (1e-4). One training run "
+        "each: the spread between seeds is not in it."
     )
     header = ["protocol", "context", "metric", "difference", "95 %", "documents", "verdict"]
     return note, header, rows
@@ -207,18 +230,14 @@ def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
 def _gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     rows = []
     for run in runs:
-        for gate in run.result["gates"]:
-            state = "passed" if gate["passed"] else "FAILED"
-            rows.append(
-                [
-                    run.name,
-                    gate["name"],
-                    state,
-                    f"{gate['value']:.2g}",
-                    f"{gate['bound']:.2g}",
-                    gate["detail"],
-                ]
-            )
+        names = dict.fromkeys(gate["name"] for gate in run.result["gates"])
+        for name in names:
+            group = [gate for gate in run.result["gates"] if gate["name"] == name]
+            worst = max(group, key=lambda gate: gate["value"])
+            where = worst["detail"] if len(group) == 1 else f"{len(group)} passes"
+            state = "passed" if all(gate["passed"] for gate in group) else "FAILED"
+            value, bound = f"{worst['value']:.2g}", f"{worst['bound']:.2g}"
+            rows.append([run.name, name, state, value, bound, where])
     note = "Checked before and after scoring; a failed gate means that no report is written."
     return note, ["run", "gate", "state", "value", "bound", "where"], rows
 
@@ -287,9 +306,10 @@ def _page(
     title: str, lead: str, summary: Sequence[str], svg: str, sections: Sequence[Section]
 ) -> str:
     items = "".join(f"<li>{html.escape(line)}</li>" for line in summary)
+    figure = f"<figure>{svg}<figcaption>{_CAPTION}</figcaption></figure>"
     body = [
         f"<h1>{html.escape(title)}</h1><p class='lead'>{html.escape(lead)}</p>",
-        f"<ul class='summary'>{items}</ul><figure>{svg}</figure>",
+        f"<ul class='summary'>{items}</ul>{figure}",
     ]
     for heading, note, header, rows in sections:
         if rows:
@@ -323,7 +343,7 @@ def _html_cell(cell: str) -> str:
         return f"<td class='text bad'>{text}</td>"
     if cell == NO_DIFFERENCE:
         return f"<td class='text even'>{text}</td>"
-    if len(cell) > 40:
+    if len(cell) > 60:
         return f"<td class='wrap'><code>{text}</code></td>"
     return f"<td>{text}</td>"
 

@@ -121,7 +121,7 @@ def evaluate(arguments: EvaluateArguments, command: str) -> int:
             "trained_steps": checkpoint.get("step"),
             "trained_tokens": checkpoint.get("tokens"),
             "seed": config.seed,
-            "layers": " ".join(config.model.layers.pattern or [config.model.layers.default]),
+            "layers": " ".join(config.model.layer_names()),
             "training_path": config.data.path,
             "training_split": config.data.train_split,
             "training_mode": config.data.mode,

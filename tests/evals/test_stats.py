@@ -41,11 +41,11 @@ def test_pairing_finds_a_hundredth_of_a_nat_where_single_intervals_cannot():
     found, overlapping, false_alarms = 0, 0, 0
     for _ in range(300):
         tokens, a, b = simulate(rng, gap=0.01)
-        found += stats.paired(b, a, tokens).excludes_zero()
+        found += stats.paired(b, a, tokens).sign() != 0
         interval_a, interval_b = stats.ratio(a, tokens).ci95, stats.ratio(b, tokens).ci95
         overlapping += interval_a[1] >= interval_b[0]
         tokens, a, b = simulate(rng, gap=0.0)
-        false_alarms += stats.paired(b, a, tokens).excludes_zero()
+        false_alarms += stats.paired(b, a, tokens).sign() != 0
     assert found / 300 > 0.90
     assert overlapping == 300
     assert false_alarms / 300 < 0.10
