@@ -133,11 +133,9 @@ def _rotation(x: Tensor, start: int | None, base: float) -> tuple[Tensor | None,
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Rotates by the angles (direction 1) or back (-1) in two memory passes."""
     first, second = x.chunk(2, -1)
-    y = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    y = x * torch.cat([cos, cos], -1)
     y_first, y_second = y.chunk(2, -1)
-    torch.mul(first, cos, out=y_first)
     y_first.addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=y_second)
     y_second.addcmul_(first, sin, value=direction)
     return y
 

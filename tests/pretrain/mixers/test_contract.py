@@ -261,6 +261,8 @@ def test_flops_are_those_counted(name: str, variant: str, length: int) -> None:
 
 
 def test_compiles_without_a_graph_break(name: str, variant: str) -> None:
+    if variant != next(iter(TABLE[name])):
+        return  # tracing costs seconds; a mixer's variants share their control flow
     mixer = build(name, variant, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=False)
@@ -268,11 +270,8 @@ def test_compiles_without_a_graph_break(name: str, variant: str) -> None:
     x = inputs(2 * W, torch.float32).requires_grad_()
     resets = torch.zeros(BATCH, 2 * W // mixer.reset_grid, dtype=torch.bool)
     resets[1, -1] = True
-    for arguments in ((), (state,), (state, resets)):
-        flags = arguments[1] if len(arguments) == 2 else None
-        outputs = [
-            f(x, arguments[0] if arguments else None, resets=flags) for f in (compiled, mixer)
-        ]
+    for before, flags in ((None, None), (state, resets)):
+        outputs = [f(x, before, resets=flags) for f in (compiled, mixer)]
         got, want = ([o.y, *gradients(mixer, x, o.y, o.state)] for o in outputs)
         for a, b in zip(got, want, strict=True):
             assert_close(a, b, SAME[torch.float32])

@@ -1,0 +1,35 @@
+"""Building mixers by name: everything wrong is refused at construction, with the reason."""
+
+from typing import Any
+
+import pytest
+
+from pretrain import mixers
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("swaa", {}, "did you mean 'swa'"),
+    ("swa", {"windw_size": 8}, "did you mean 'window_size'"),
+    ("swa", {"window_size": 0}, "at least 1 token"),
+    ("swa", {"n_heads": 3}, "does not divide d_model=8"),
+    ("attention", {"n_heads": 8}, "heads of even width"),
+    ("bst", {"n_heads": 2, "block_size": 8, "chunk_size": 3}, "does not divide block_size=8"),
+    ("bst", {"n_heads": 2, "variant": "xx"}, "bst.variant='xx'"),
+    ("bst", {"n_heads": 2, "filters": "fir"}, "bst.filters='fir'"),
+    ("bst", {"n_heads": 2, "self_attention": "all"}, "own or own_and_previous"),
+    ("s4d", {"init": "random"}, "choose lin, legs or real"),
+    ("s4d", {"dt_min": 0.1, "dt_max": 0.01}, "0 < dt_min <= dt_max"),
+    ("s4d", {"n_modes": 0}, "must be at least 1"),
+    ("s4d", {"chunk_size": 0}, "at least 1 token"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "reason"), REFUSED)
+def test_wrong_options_are_refused_with_the_reason(
+    name: str, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        mixers.build(name, d_model=8, **options)
+
+
+def test_options_lists_defaults() -> None:
+    assert mixers.options("swa")["window_size"] == 512

@@ -1,0 +1,74 @@
+"""Config errors are complete, and the tiny configs are rivals of equal size."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from pretrain import mixers
+from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "model"
+TINY = sorted(CONFIGS.glob("*_tiny.yaml"))
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"layers": LayersConfig(pattern=["swa", "bst"], repeat=2)}, "n_layers=3 .* repeat=2 = 4"),
+    ({"layers": LayersConfig()}, "either a pattern or a default"),
+    ({"layers": LayersConfig(default="swa", pattern=["swa"] * 3)}, "either a pattern or a default"),
+    ({"layers": LayersConfig(default="swa", at={3: "bst"})}, "n_layers=3 has 0..2"),
+    ({"layers": LayersConfig(pattern=["swa"] * 3, at={0: "bst"})}, "put them into the pattern"),
+    ({"layers": LayersConfig(default="bts")}, "did you mean 'bst'"),
+    ({"mixers": {"swa": {"window": 4}}}, "did you mean 'window_size'"),
+    ({"d_model": 36}, "does not divide d_model=36"),
+    ({"mlp": "relu"}, "choose from swiglu, gelu"),
+    ({"reset_grid": 100}, "not a multiple of 512"),
+    ({"d_ff": -1}, "must not be negative"),
+    ({"vocab_size": 0}, "set it to the tokenizer's size"),
+]
+
+
+def config(**changes: Any) -> LanguageModelConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": 16,
+        "d_model": 32,
+        "n_layers": 3,
+        "layers": LayersConfig(default="swa"),
+    }
+    return LanguageModelConfig(**settings | changes)
+
+
+@pytest.mark.parametrize(("changes", "reason"), WRONG)
+def test_wrong_configs_are_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        LanguageModel(config(**changes))
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match="mlp") as error:
+        LanguageModel(config(mlp="relu", vocab_size=0, layers=LayersConfig(default="bts")))
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_exceptions_replace_the_default_layer() -> None:
+    layers = LayersConfig(default="swa", at={0: "bst"})
+    assert config(layers=layers).layer_names() == ["bst", "swa", "swa"]
+
+
+def test_default_feed_forward_size_is_eight_thirds() -> None:
+    assert config(d_model=1024).feed_forward_size == 2752
+    assert config(d_model=1024, d_ff=100).feed_forward_size == 100
+
+
+def load_tiny(path: Path) -> LanguageModel:
+    schema = OmegaConf.structured(LanguageModelConfig)
+    merged = OmegaConf.merge(schema, OmegaConf.load(path)["model"], {"vocab_size": 4096})
+    return LanguageModel(OmegaConf.to_object(merged))
+
+
+def test_tiny_configs_have_equal_sizes_and_batches() -> None:
+    models = {path.stem: load_tiny(path) for path in TINY}
+    assert {f"{name}_tiny" for name in mixers.names()} <= set(models)
+    sizes = {name: sum(model.parameter_counts().values()) for name, model in models.items()}
+    assert max(sizes.values()) <= 1.03 * min(sizes.values()), sizes
+    assert {model.reset_grid for model in models.values()} == {128}

@@ -1,0 +1,77 @@
+"""The chunked loss equals F.cross_entropy and never holds the logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretrain.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_naive
+
+TOKENS, WIDTH, VOCABULARY = 37, 8, 29
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    mask = torch.rand(TOKENS, generator=generator) < 0.7
+    return hidden, weight, targets, mask
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 37, 4096])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_values_and_gradients_equal_torchs_own(
+    chunk_size: int, dtype: torch.dtype, bound: float
+) -> None:
+    hidden, weight, targets, mask = problem(dtype)
+    loss, nll = linear_cross_entropy(hidden, weight, targets, mask, chunk_size=chunk_size)
+    got = [loss, nll, *torch.autograd.grad(3 * loss, [hidden, weight])]
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    want_nll = F.cross_entropy(h @ w.T, targets, reduction="none") * mask
+    want = [want_nll.sum(), want_nll, *torch.autograd.grad(3 * want_nll.sum(), [h, w])]
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() < bound * b.norm()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(nll[~mask], torch.zeros_like(nll[~mask]))
+
+
+def test_naive_twin_agrees() -> None:
+    arguments = problem(torch.float64)
+    for a, b in zip(
+        linear_cross_entropy(*arguments, chunk_size=8),
+        linear_cross_entropy_naive(*arguments),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_certain_and_hopeless_tokens_stay_finite() -> None:
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss, nll = linear_cross_entropy(
+        hidden, weight, torch.tensor([0, 0]), torch.ones(2, dtype=torch.bool)
+    )
+    assert nll.tolist() == [0.0, 2e4]
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+def test_logits_of_all_tokens_never_exist() -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    hidden, weight, targets, mask = problem(torch.float32)
+    with Largest() as largest:
+        linear_cross_entropy(hidden, weight, targets, mask, chunk_size=5).loss_sum.backward()
+    assert largest.numel <= max(5 * VOCABULARY, TOKENS * WIDTH)
