@@ -9,9 +9,9 @@ values are properties and are stored nowhere.
 
 import difflib
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,7 +29,9 @@ class DataConfig:
 
     path: str = ""  # folder written by launch/prepare.py
     mode: str = "lanes"  # lanes: documents stay contiguous in their lane | windows: shuffled
-    boundary: str = "pad_block"  # lanes: pad_block | windows: packed (neighbours may see each other)
+    boundary: str = (
+        "pad_block"  # lanes: pad_block | windows: packed (neighbours may see each other)
+    )
     train_split: str = "train"
     val_split: str = "validation"
     prefetch_steps: int = 2
@@ -198,8 +200,8 @@ def load_config(arguments: list[str], *, config_dir: Path = CONFIG_DIR) -> RunCo
             if section in chosen:
                 schema[section] = OmegaConf.structured(RunConfig)[section]
                 content = _read_yaml(section, chosen[section], config_dir, problems)
-                body = {section: content.get(section, {})}
-                _merge(schema, body, f"configs/{section}/{chosen[section]}", problems)
+                content.pop("prepare", None)  # launch/prepare.py's part of a data file
+                _merge(schema, content, f"{section}={chosen[section]}", problems)
 
     apply_picks(experiment_picks)
     _merge(schema, experiment, "the experiment file", problems)
@@ -243,10 +245,12 @@ def differences(config: RunConfig, other: RunConfig | None = None) -> dict[str, 
     """Dotted keys whose value differs: (in `other`, by default the schema's; in `config`)."""
     ours = _leaves(OmegaConf.to_container(OmegaConf.structured(config)))
     base = _leaves(OmegaConf.to_container(OmegaConf.structured(other or RunConfig())))
+    changed = {key for key in {*ours, *base} if ours.get(key) != base.get(key)}
+    # An empty mapping is a leaf on one side only; what is in it on the other is listed anyway.
     return {
         key: (base.get(key), ours.get(key))
-        for key in sorted({*ours, *base})
-        if ours.get(key) != base.get(key)
+        for key in sorted(changed)
+        if {} not in (base.get(key), ours.get(key))
     }
 
 
@@ -383,8 +387,10 @@ def _merge(schema: DictConfig, content: Any, origin: str, problems: list[str]) -
 def _set(schema: DictConfig, key: str, value: Any, origin: str, problems: list[str]) -> None:
     """Sets one dotted key, or records in one line why it cannot be set."""
     known = _known_keys()
-    if not any(key == name or (free and key.startswith(f"{name}.")) for name, free in known):
-        close = difflib.get_close_matches(key, [name for name, _ in known], n=1)
+    # Below a mapping keys are free; its own name is the longest prefix that the schema knows.
+    mapping = next((name for name, t in known.items() if t and key.startswith(f"{name}.")), None)
+    if key not in known and mapping is None:
+        close = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see pretrain/config.py for the keys"
         problems.append(f"{key}={value} (from {origin}): unknown key; {hint}")
         return
@@ -395,8 +401,11 @@ def _set(schema: DictConfig, key: str, value: Any, origin: str, problems: list[s
             return
         value = parsed
     try:
-        OmegaConf.update(schema, key, value, force_add=True)
-    except OmegaConfBaseException as error:
+        if mapping is not None and known[mapping] is int:  # a dotted path would make it a string
+            OmegaConf.select(schema, mapping)[int(key.removeprefix(f"{mapping}."))] = value
+        else:
+            OmegaConf.update(schema, key, value, force_add=True)
+    except (OmegaConfBaseException, ValueError) as error:
         reason = str(error).splitlines()[0]
         problems.append(f"{key}={value} (from {origin}): {reason}")
 
@@ -409,15 +418,14 @@ def _parse_tokens(text: str) -> int | None:
         return None
 
 
-def _known_keys(cls: type = RunConfig, prefix: str = "") -> list[tuple[str, bool]]:
-    """Every dotted leaf key of the schema, and whether free keys may hang below it."""
-    keys: list[tuple[str, bool]] = []
-    for item in fields(cls):
-        name = f"{prefix}{item.name}"
-        if isinstance(item.type, type) and is_dataclass(item.type):
-            keys += _known_keys(item.type, f"{name}.")
+def _known_keys(cls: type = RunConfig, prefix: str = "") -> dict[str, type | None]:
+    """Every dotted leaf key of the schema; for a mapping the type of its free keys, else None."""
+    keys: dict[str, type | None] = {}
+    for name, hint in get_type_hints(cls).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            keys |= _known_keys(hint, f"{prefix}{name}.")
         else:
-            keys.append((name, str(item.type).startswith("dict")))
+            keys[f"{prefix}{name}"] = get_args(hint)[0] if get_origin(hint) is dict else None
     return keys
 
 

@@ -66,6 +66,16 @@ def test_all_problems_are_reported_at_once_with_the_closest_match(config_dir: Pa
     assert "'nonsense': write key=value" in message
 
 
+def test_layers_are_chosen_by_integer_keys_from_file_and_command_line(config_dir: Path) -> None:
+    (config_dir / "model" / "mixed.yaml").write_text(
+        "model: {layers: {default: swa, at: {1: bst}}}"
+    )
+    config = load_config(["model=mixed", "model.layers.at.3=s4d"], config_dir=config_dir)
+    assert config.model.layers.at == {1: "bst", 3: "s4d"}
+    with pytest.raises(ConfigError, match=r"model\.layers\.at\.top=bst"):
+        load_config(["model.layers.at.top=bst"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
