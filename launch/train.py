@@ -22,7 +22,7 @@ from data.tokenizer import BOS_ID
 from pretrain.config import RunConfig, differences, load_config, load_saved_config, save_config
 from pretrain.models import LanguageModel
 from pretrain.training.checkpoint import checkpoint_bytes
-from pretrain.training.engine import World, leave, start_process_group
+from pretrain.training.engine import World, deepspeed_config, leave, start_process_group
 from pretrain.training.environment import describe_environment, git_commit
 from pretrain.training.manifest import CheckpointError, check_room, write_json
 from pretrain.training.metrics import CorpusFacts, say
@@ -46,12 +46,13 @@ def main(arguments: list[str]) -> int:
 def run(arguments: list[str]) -> int:
     """Everything that can be wrong is found before the process group starts, as far as possible."""
     config = load_config(arguments)
+    rank, world_size = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
     corpus = open_corpus(config)
-    plan = make_plan(config, config.world_size or int(os.environ.get("WORLD_SIZE", "1")))
     facts = CorpusFacts(
         bytes_per_token=int(corpus.raw_bytes.sum()) / corpus.n_tokens,
         tokenizer=corpus.tokenizer.sha256,
     )
+    plan = make_plan(config, config.world_size or world_size)
     screen = "\n".join(
         [
             f"commit    {git_commit()}",
@@ -64,6 +65,7 @@ def run(arguments: list[str]) -> int:
     if config.dry_run:
         print(screen)
         return FINISHED
+    deepspeed_config(config, world_size)  # for its checks
     torch.manual_seed(config.seed)
     model = LanguageModel(config.model)
     if config.train.carry_state and not model.constant_state:
@@ -71,11 +73,6 @@ def run(arguments: list[str]) -> int:
             "train.carry_state=true: a layer of this model keeps every past token, so its state "
             "would grow without end; use train.carry_state=false"
         )
-    check_room(config.run_dir / "checkpoints", checkpoint_bytes(model))
-    validation = open_validation(config)
-    world = start_process_group(config)
-    if world.is_main:
-        describe_run(config, world, screen)
     loader = build_loader(
         corpus,
         mode=config.data.mode,
@@ -83,20 +80,19 @@ def run(arguments: list[str]) -> int:
         seq_len=config.train.seq_len,
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
+        rank=rank,
+        world_size=world_size,
         seed=config.seed,
         reset_grid=model.reset_grid,
         prefetch_steps=config.data.prefetch_steps,
     )
-    trainer = Trainer(
-        config,
-        model,
-        loader,
-        world,
-        facts,
-        evaluate=Validation(*validation, world) if validation else None,
-    )
+    validation = open_validation(config)
+    check_room(config.run_dir / "checkpoints", checkpoint_bytes(model))
+    world = start_process_group(config)
+    if world.is_main:
+        describe_run(config, world, screen)
+    evaluate = Validation(*validation, world) if validation else None
+    trainer = Trainer(config, model, loader, world, facts, evaluate=evaluate)
     return FINISHED if trainer.fit() else PREEMPTED
 
 

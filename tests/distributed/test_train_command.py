@@ -1,0 +1,159 @@
+"""launch/train.py as a user runs it: a Block-State Transformer, two processes, stop and go on."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import prepare
+from launch import train as train_command
+from pretrain.config import load_saved_config
+from pretrain.training.load import load_model
+from tests.distributed.launching import REPOSITORY, finish, start
+
+MODEL = """
+model:
+  d_model: 32
+  n_layers: 2
+  layers: {pattern: [bst, swa]}
+  mixers:
+    swa: {n_heads: 2, window_size: 16}
+    bst: {n_heads: 2, block_size: 16, n_modes: 4, chunk_size: 16}
+  d_ff: 64
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    sentence = "in the beginning was a small corpus of bytes for a test and it was enough, "
+    for split, count in (("train", 6), ("validation", 3)):
+        texts = [(sentence[i:] + sentence[:i]) * 8 for i in range(count)]
+        rows = (json.dumps({"text": text}) for text in texts)
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    arguments = [f"data={folder}/train.jsonl", f"splits.validation={folder}/validation.jsonl"]
+    assert prepare.main([*arguments, "tokenizer=bytes", f"out={folder}/out", "workers=1"]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def arguments(corpus: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "model.yaml").write_text(MODEL)
+    return [
+        f"model={tmp_path}/model.yaml",
+        f"data.path={corpus}",
+        f"out_dir={tmp_path}/runs",
+        "name=tiny",
+        "train.seq_len=32",
+        "train.global_batch_tokens=256",
+        "train.micro_batch_size=2",
+        "train.total_tokens=5120",
+        "train.carry_state=true",
+        "optim.learning_rate=1e-2",
+        "eval.documents=3",
+        "eval.tokens_per_document=128",
+        "logging.every_steps=1",
+    ]
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.distributed
+def test_stopped_by_sigterm_and_started_again_the_command_finishes(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    script = REPOSITORY / "launch" / "train.py"
+    long = [*arguments, "train.total_tokens=2560000"]
+    process = start(script, long, processes=2)
+    pid = second_rank(process.stdout)
+    while process.poll() is None and len(rows_of(run)) < 3:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGTERM)
+    code, output = finish(process)
+    assert code == train_command.PREEMPTED, output[-4000:]
+    stopped_at = len(rows_of(run))
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{stopped_at:08d}\n"
+    assert not (run / "DONE").exists()
+
+    total = stopped_at + 5
+    code, output = finish(
+        start(script, [*arguments, f"train.total_tokens={total * 256}"], processes=2)
+    )
+    assert code == train_command.FINISHED, output[-4000:]
+    assert f"resumed from {run}/checkpoints/step_{stopped_at:08d}" in output
+    assert f"changed   train.total_tokens: 2560000 -> {total * 256}" in output
+    assert json.loads((run / "DONE").read_text()) == {"step": total, "tokens": total * 256}
+    rows = rows_of(run)
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(1, total + 1))
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5  # it learns
+    assert "validation/bits_per_byte" in rows[-1]
+
+    model, config, info = load_model(run)
+    assert config.model == load_saved_config(run / "config.yaml").model
+    assert (info["step"], info["tokens"]) == (total, total * 256)
+    with torch.no_grad():
+        tokens = torch.randint(0, 256, (1, 33))
+        output_sum = model(tokens[:, :-1], targets=tokens[:, 1:]).loss_sum
+    assert output_sum.isfinite()
+    expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "train.log"}
+    assert expected | {"checkpoints", "DONE"} == {path.name for path in run.iterdir()}
+
+
+def second_rank(lines: Iterator[str] | None) -> int:
+    """Reads the launcher's lines until it has told the second rank's process id."""
+    assert lines is not None
+    spawned = (re.search(r"process (\d+) spawned", line) for line in lines)
+    pids = (int(match[1]) for match in spawned if match)
+    next(pids)
+    return next(pids)
+
+
+BAD_INPUT = {
+    "unknown key": ("train.seqlen=64", "did you mean 'train.seq_len'?"),
+    "wrong type": ("train.seq_len=long", "train.seq_len=long"),
+    "batch that does not divide": ("train.global_batch_tokens=300", "nearest: 256 or 320"),
+    "no corpus": ("data.path=/nowhere", "corpus /nowhere: no manifest.json"),
+    "other vocabulary": ("model.vocab_size=100", "model.vocab_size=100: the tokenizer of"),
+    "grid": ("train.seq_len=8", "not a multiple of the model's reset grid 16"),
+    "state without end": ("model.layers.pattern=[attention,swa]", "use train.carry_state=false"),
+    "unwritable folder": ("out_dir=/dev/null/runs", "out_dir: cannot write to /dev/null/runs/"),
+    "long validation": ("eval.tokens_per_document=100000", "the longest document of split"),
+    "ignored by DeepSpeed": ("zero.extra.zero_optimisation.stage=2", "'zero_optimization'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_with_one_clear_error_before_any_process_group(
+    name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argument, message = BAD_INPUT[name]
+    assert train_command.main([*arguments, argument]) == train_command.BAD_INPUT
+    assert not torch.distributed.is_initialized()
+    printed = capsys.readouterr().err
+    assert printed.count("error: ") == 1
+    assert message in printed
+    assert not list(tmp_path.rglob("step_*"))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = train_command.main([*arguments, "dry_run=true", "world_size=4"])
+    assert code == train_command.FINISHED
+    printed = capsys.readouterr().out
+    for word in ("commit", "parameters by layer kind", "train FLOPs per token", "fingerprint"):
+        assert word in printed
+    assert "micro batch 2 x 32 tokens x 4 ranks x 1 accumulation" in printed
+    assert not (tmp_path / "runs").exists()
