@@ -27,18 +27,18 @@ from pretrain.training.environment import describe_environment, git_commit
 from pretrain.training.manifest import CheckpointError, check_room, write_json
 from pretrain.training.metrics import CorpusFacts, say
 from pretrain.training.plan import describe, make_plan
-from pretrain.training.trainer import Trainer, TrainingError
+from pretrain.training.trainer import RankError, Trainer, TrainingError
 from pretrain.training.validation import Validation
 
 FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; returns its exit code. Rank 0 speaks for all ranks."""
+    """Runs the command; returns its exit code. Rank 0 speaks for all, except of a rank's own."""
     try:
         return run(arguments)
     except (ValueError, TrainingError, CheckpointError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
 

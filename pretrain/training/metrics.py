@@ -55,6 +55,28 @@ def memory_gib(device: torch.device) -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
+def speed(
+    tokens_per_second: float, ranks: int, train_flops: float, device: torch.device
+) -> dict[str, float]:
+    """Throughput and memory of a rank.
+
+    Args:
+        tokens_per_second: of all ranks together.
+        ranks: how many.
+        train_flops: forward and backward FLOPs per token.
+        device: of this rank.
+    """
+    per_rank = tokens_per_second / ranks
+    values = {
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_second_per_rank": per_rank,
+        "tflops_per_rank": per_rank * train_flops / 1e12,
+        "memory_gib": memory_gib(device),
+    }
+    peak = peak_flops(device)
+    return values if peak is None else {**values, "mfu": per_rank * train_flops / peak}
+
+
 def drop_rows_after(path: Path, step: int) -> None:
     """Removes the rows of metrics.jsonl that a resumed run writes again, and a torn last one."""
     if not path.exists():

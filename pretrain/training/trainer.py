@@ -35,7 +35,11 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is saved."""
+    """Training cannot go on; the message says why and what is saved. Raised on all ranks."""
+
+
+class RankError(TrainingError):
+    """Training cannot go on because of this rank alone; the others know nothing of it."""
 
 
 class Trainer:
@@ -119,7 +123,12 @@ class Trainer:
         self.stopwatch.read()
         while self.step < config.total_steps:
             began = time.perf_counter()
-            micro_batches = next(batches)
+            try:
+                micro_batches = next(batches)
+            except ValueError as error:
+                raise RankError(
+                    f"rank {self.world.rank} cannot read the data of step {self.step + 1}: {error}"
+                ) from error
             self.stopwatch.waited += time.perf_counter() - began
             grad_norm, stop = self._train_step(micro_batches)
             self.step += 1
@@ -152,9 +161,9 @@ class Trainer:
         self._set_learning_rates()
         torch.manual_seed(self._seed())
         micro_batches = [_to_device(batch, self.world.device) for batch in micro_batches]
-        valid = sum(batch.loss_mask.sum() for batch in micro_batches)
-        asked = torch.tensor(self.stop_requested, device=self.world.device)
-        counts = torch.stack([torch.as_tensor(valid), asked.long()])
+        valid = torch.stack([batch.loss_mask.sum() for batch in micro_batches]).sum()
+        asked = torch.tensor(self.stop_requested, dtype=valid.dtype, device=self.world.device)
+        counts = torch.stack([valid, asked])
         dist.all_reduce(counts)
         scale = self.world.size * self.grad_accum_steps / counts[0].clamp(min=1)
         statistics: dict[str, Tensor] = {}
@@ -178,7 +187,7 @@ class Trainer:
                 self.carried[slot] = map_state(Tensor.detach, output.state)
             if slot + 1 < len(micro_batches):
                 engine.step()  # counts the micro-batch; no update before the last one
-        self.window[2] += torch.as_tensor(valid)
+        self.window[2] += valid
         self.window_steps += 1
         grad_norm, applied = take_step(engine)
         if applied and statistics:
@@ -221,16 +230,13 @@ class Trainer:
         if self.log is None:
             return
         config, loss = self.config, nll / max(1.0, valid)
-        tokens_per_second = steps * config.train.global_batch_tokens / seconds
+        rate = steps * config.train.global_batch_tokens / seconds
         values = {
             "loss": loss,
             "bits_per_byte": metrics.bits_per_byte(loss, self.facts.bytes_per_token),
             "grad_norm": float(grad_norm),
             "skipped_steps": float(self.engine.skipped_steps),
-            "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_rank": tokens_per_second / self.world.size,
-            "tflops_per_rank": tokens_per_second / self.world.size * self.train_flops / 1e12,
-            "memory_gib": metrics.memory_gib(self.world.device),
+            **metrics.speed(rate, self.world.size, self.train_flops, self.world.device),
             "data_fraction": waited / seconds,
             "eta_seconds": (config.total_steps - self.step) * seconds / steps,
         }
@@ -239,9 +245,6 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             values[f"lr/{group['name']}"] = group["lr"]
         values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
-        peak = metrics.peak_flops(self.world.device)
-        if peak is not None:
-            values["mfu"] = values["tflops_per_rank"] * 1e12 / peak
         if not math.isfinite(values["grad_norm"]):
             self.log.say(f"step {self.step}: gradients not finite, update skipped on all ranks")
         self.log.row(self.step, self.tokens, values)
@@ -264,6 +267,8 @@ class Trainer:
 
     def _save(self) -> None:
         if self.skipped_in_a_row:  # the carried state may hold the NaN; the last good one stays
+            if self.log is not None:
+                self.log.say(f"step {self.step}: not saved, its gradients were not finite")
             return
         path = self.saver.save(
             self.engine,

@@ -99,7 +99,7 @@ def repair_optimizer(engine: Any, config: OptimConfig, names: list[str]) -> None
     """
     hyperparameters = group_hyperparameters(config)
     for group, name in zip(engine.optimizer.param_groups, names, strict=True):
-        group.update(hyperparameters[name], betas=tuple(config.betas), eps=config.eps)
+        group.update(hyperparameters[name], betas=config.betas, eps=config.eps)
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for state in base.state.values():
         if isinstance(state.get("step"), torch.Tensor):

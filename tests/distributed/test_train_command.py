@@ -73,7 +73,7 @@ def test_stopped_by_sigterm_and_started_again_the_command_finishes(
 ) -> None:
     run = tmp_path / "runs" / "tiny"
     script = REPOSITORY / "launch" / "train.py"
-    long = [*arguments, "train.total_tokens=2560000"]
+    long = [*arguments, "train.total_tokens=2560000", "profile.steps=1:2"]
     process = start(script, long, processes=2)
     pid = second_rank(process.stdout)
     while process.poll() is None and len(rows_of(run)) < 3:
@@ -107,8 +107,9 @@ def test_stopped_by_sigterm_and_started_again_the_command_finishes(
         tokens = torch.randint(0, 256, (1, 33))
         output_sum = model(tokens[:, :-1], targets=tokens[:, 1:]).loss_sum
     assert output_sum.isfinite()
-    expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "train.log"}
-    assert expected | {"checkpoints", "DONE"} == {path.name for path in run.iterdir()}
+    files = "config.yaml environment.json metrics.jsonl tensorboard train.log checkpoints DONE"
+    assert {path.name for path in run.iterdir()} == {*files.split(), "profile"}
+    assert len(list((run / "profile").iterdir())) == 2
 
 
 def second_rank(lines: Iterator[str] | None) -> int:
