@@ -144,6 +144,11 @@ def _nll(model: ScoredModel, tokens: Tensor, state: Any = None) -> Tensor:
     return model.nll(tokens, state)[0].double()
 
 
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Absolute differences; equal infinities differ by 0, anything with NaN by infinity."""
+    return torch.where(a == b, 0.0, torch.nan_to_num((a - b).abs(), nan=float("inf")))
+
+
 def _cuts(n: int, grid: int) -> list[int]:
     """Odd places in (0, n), some beside the edges of the model's grid."""
     middle = n // 2 // grid * grid
@@ -165,7 +170,7 @@ def _result(
     bound, mean_bound = BOUNDS[model.precision]
     worst, worst_mean, where = -1.0, 0.0, 0
     for place in places:
-        difference = torch.nan_to_num(compare(place), nan=float("inf"))
+        difference = compare(place)
         if float(difference.max()) > worst:
             worst, where = float(difference.max()), place
         worst_mean = max(worst_mean, float(difference.mean()))
@@ -190,14 +195,14 @@ def _future_perturbation(
         # Adding 1 .. V-1 modulo V changes every token after the cut for certain.
         changed[0, cut + 1 :] += torch.from_numpy(noise).to(tokens.device)
         changed[0, cut + 1 :] %= model.vocab_size
-        return (_nll(model, changed) - baseline)[:, :cut].abs()
+        return _difference(_nll(model, changed)[:, :cut], baseline[:, :cut])
 
     return _result("future_perturbation", model, compare, _cuts(n, model.reset_grid))
 
 
 def _prefix_consistency(model: ScoredModel, tokens: Tensor, whole: Tensor) -> GateResult:
     def compare(cut: int) -> Tensor:
-        return (_nll(model, tokens[:, : cut + 1]) - whole[:, :cut]).abs()
+        return _difference(_nll(model, tokens[:, : cut + 1]), whole[:, :cut])
 
     n = tokens.shape[1] - 1
     return _result("prefix_consistency", model, compare, _cuts(n, model.reset_grid))
@@ -213,7 +218,7 @@ def _step_equals_parallel(model: ScoredModel, tokens: Tensor, whole: Tensor) -> 
         for start, stop in itertools.pairwise(edges):
             part, state = model.nll(tokens[:, start : stop + 1], state)
             parts.append(part.double())
-        return (torch.cat(parts, dim=1) - whole).abs()
+        return _difference(torch.cat(parts, dim=1), whole)
 
     return _result("step_equals_parallel", model, compare, _cuts(n, model.reset_grid)[:4])
 
@@ -226,9 +231,9 @@ def _document_isolation(
     def compare(case: int) -> Tensor:
         if case == 0:
             _nll(model, second)
-            return (_nll(model, first) - alone).abs()
+            return _difference(_nll(model, first), alone)
         pair = [first, second] if case == 1 else [second, first]
         together = _nll(model, torch.cat(pair))
-        return (together[case - 1 : case] - alone).abs()
+        return _difference(together[case - 1 : case], alone)
 
     return _result("document_isolation", model, compare, [0, 1, 2])

@@ -75,8 +75,10 @@ def curve_figure(
     if differences:
         panels.insert(1, lambda axis, _: _draw_differences(axis, differences))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.3 * max(len(panels), 1), 3.7), layout="constrained")
-        axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+        columns = 2 if len(panels) == 4 else max(len(panels), 1)
+        rows = -(-len(panels) // columns) or 1
+        figure = Figure(figsize=(4.6 * columns, 3.7 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis, draw in zip(axes, panels, strict=False):
             draw(axis, results)
             _mark_training_length(axis, results)

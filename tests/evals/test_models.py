@@ -9,6 +9,7 @@ from toy_models import random_documents
 from evals import gates, models, protocols
 from evals.models import LanguageModelScorer
 from evals.score import score
+from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
 
 MIXERS = {
@@ -63,6 +64,30 @@ def test_stream_equals_one_pass_with_ragged_documents_side_by_side(name):
     table = score(scorer(name), documents, segments, progress=False)
     assert table.same_tokens(reference)
     np.testing.assert_allclose(table.nll, reference.nll, atol=1e-4)  # the stated fp32 bound
+
+
+@pytest.mark.parametrize("name", ["bst", "swa", "s4d"])
+def test_stream_over_60k_tokens_equals_one_pass_at_constant_memory(name):
+    documents = random_documents([60_001])
+    (whole,) = protocols.position(documents.lengths, 100_000)
+    (segments,) = protocols.stream(documents.lengths, 2048)
+    state_sizes = set()
+
+    class Watched(LanguageModelScorer):
+        def nll(self, tokens, state=None, *, score_from=0):
+            nll, after = super().nll(tokens, state, score_from=score_from)
+            sizes = []
+            map_state(lambda part: sizes.append(part.numel()), after)
+            if tokens.shape[1] == 2049:
+                state_sizes.add(sum(sizes))
+            return nll, after
+
+    reference = score(scorer(name), documents, whole, progress=False)
+    watched = Watched(scorer(name).model, torch.device("cpu"))
+    table = score(watched, documents, segments, progress=False)
+    assert table.same_tokens(reference)
+    np.testing.assert_allclose(table.nll, reference.nll, atol=1e-4)
+    assert len(state_sizes) == 1, "what is carried does not grow with the document"
 
 
 def test_fingerprint_sees_one_bit_of_one_weight():
