@@ -92,10 +92,16 @@ def evaluate(arguments: EvaluateArguments, command: str) -> int:
     model, config, checkpoint = load_model(run_dir, arguments.tag)
     train_length = config.train.seq_len
     contexts = parse_contexts(arguments.contexts or f"64..{16 * train_length}")
-    documents = from_corpus(
-        Corpus.open(arguments.data or config.data.path, arguments.split or config.data.val_split),
-        arguments.limit,
+    corpus = Corpus.open(
+        arguments.data or config.data.path, arguments.split or config.data.val_split
     )
+    if corpus.tokenizer.sha256 != checkpoint["tokenizer"]:
+        raise ValueError(
+            f"data={corpus.path}: its tokenizer ({corpus.tokenizer.sha256[:12]}) is not the one "
+            f"that {run_dir} was trained with ({checkpoint['tokenizer'][:12]}); prepare this text "
+            f"with tokenizer={config.data.path}/tokenizer.model"
+        )
+    documents = from_corpus(corpus, arguments.limit)
     out_dir = run_dir / "eval" / (arguments.name or arguments.suite)
     result = perplexity.run(
         LanguageModelScorer(model, device, arguments.precision),
@@ -118,8 +124,8 @@ def evaluate(arguments: EvaluateArguments, command: str) -> int:
             "path": str(run_dir),
             "checkpoint": Path(checkpoint["path"]).name,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "trained_steps": checkpoint.get("step"),
-            "trained_tokens": checkpoint.get("tokens"),
+            "trained_steps": checkpoint["step"],
+            "trained_tokens": checkpoint["tokens"],
             "seed": config.seed,
             "layers": " ".join(config.model.layer_names()),
             "training_path": config.data.path,

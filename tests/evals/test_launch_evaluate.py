@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.prepare import PrepareConfig, prepare
+from data.shards import Corpus
 from launch import evaluate
 from pretrain.config import RunConfig
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
@@ -41,11 +42,18 @@ def run(tmp_path, corpus, monkeypatch):
         mixers={"swa": {"n_heads": 2, "window_size": 16}},
     )
 
+    tokenizer = Corpus.open(corpus).tokenizer.sha256
+
     def load_model(run_dir, tag):
         torch.manual_seed(0)
         if tag != "latest":
             raise CheckpointError(f"{run_dir}/checkpoints/{tag}: is not there; there are: none")
-        info = {"path": str(run_dir / "checkpoints" / "step_00000001"), "step": 1}
+        info = {
+            "path": str(run_dir / "checkpoints" / "step_00000001"),
+            "tokenizer": tokenizer,
+            "step": 1,
+            "tokens": 32,
+        }
         return LanguageModel(config.model), config, info
 
     monkeypatch.setattr(evaluate, "load_model", load_model)
@@ -110,6 +118,18 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(run, words, message, capsy
     assert message in shown
     assert "Traceback" not in shown
     assert not (run / "eval" / "perplexity" / "result.json").exists()
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(run, monkeypatch, capsys):
+    load_model = evaluate.load_model
+
+    def trained_with_another(run_dir, tag):
+        model, config, info = load_model(run_dir, tag)
+        return model, config, {**info, "tokenizer": "0" * 64}
+
+    monkeypatch.setattr(evaluate, "load_model", trained_with_another)
+    assert evaluate.main([f"run={run}", "contexts=16,64"]) == 2
+    assert "was trained with (000000000000)" in capsys.readouterr().err
 
 
 def test_failed_gate_exits_with_3_and_leaves_no_report(run, monkeypatch, capsys):
