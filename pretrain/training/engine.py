@@ -20,6 +20,7 @@ import deepspeed
 import deepspeed.comm  # registers the module whose shared-memory op is replaced below
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from pretrain.config import RunConfig
@@ -68,12 +69,11 @@ def start_process_group(config: RunConfig) -> World:
     # DeepSpeed calls collectives under names that torch 2.13 renames.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    on_gpu = get_accelerator().device_name() == "cuda"  # DS_ACCELERATOR=cpu overrides a GPU
     if on_gpu:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         device = torch.device("cpu")
         # On CPU, DeepSpeed compiles a shared-memory all-reduce (g++, ninja, 20 s), and every rank
         # leaves a 69 MB /dev/shm/deepspeed_allreduce_buffer_* file behind, after a clean exit too.
@@ -176,7 +176,7 @@ def build_engine(
         parameter_groups(model, config.optim),
         betas=config.optim.betas,
         eps=config.optim.eps,
-        fused=world.device.type == "cuda",
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(
         model=model,

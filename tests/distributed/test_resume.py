@@ -4,6 +4,7 @@ Four launches for everything: two processes save and are killed, one process doe
 two processes on by some steps, then each resumes its own and trains the uninterrupted twins.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def moving(folder: Path, stage: int) -> Run:
     return Run(f"moving{stage}", str(folder), stage, grad_accum=2, signals={"SIGTERM": 6})
 
 
+def walking_back(folder: Path) -> Run:
+    """Its newest checkpoint is damaged before it resumes."""
+    return replace(interrupted(folder, 2, 3, "fp32"), name="walking_back", save_every=5)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
@@ -58,14 +64,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         w: [*r[:-1], replace(r[-1], abandon_at=None, signals={"SIGKILL": 13})]
         for w, r in cut.items()
     }
-    train(folder, [*away, *killed[2]], processes=2, code=KILLED)
+    train(folder, [*away, walking_back(folder), *killed[2]], processes=2, code=KILLED)
+    flip_a_bit(next((checkpoints(walking_back(folder)) / "step_00000010").rglob("*_optim_*.pt")))
     train(folder, killed[1], processes=1, code=-9)
     halfway = [replace(run, signals={"SIGTERM": 13}) for run in back]
     whole = [uninterrupted(run) for run in cut[1]]
     train(folder, [*halfway, *map(resumed, cut[1]), *whole], processes=1, code=EXIT_PREEMPTED)
     home = [replace(run, signals={}) for run in back]
     whole = [uninterrupted(run) for run in (*cut[2], away[1])]
-    train(folder, [*home, *map(resumed, cut[2]), *whole], processes=2)
+    train(folder, [*home, *map(resumed, (*cut[2], walking_back(folder))), *whole], processes=2)
     return folder
 
 
@@ -110,6 +117,16 @@ def test_buffer_matters_to_the_trajectory(trained: Path) -> None:
     assert (weights["codes.codebook"] - initial["codes.codebook"]).abs().max() > 1e-2
 
 
+def test_damaged_checkpoint_is_passed_over_and_the_older_one_gives_the_same_run(
+    trained: Path,
+) -> None:
+    run = walking_back(trained)
+    log = (checkpoints(run).parent / "train.log").read_text()
+    assert re.search(r"passed over: step_00000010 is not complete: deepspeed/\S+ is damaged", log)
+    assert re.search(r"resumed from \S+/step_00000005\n", log)
+    assert trajectory(run) == trajectory(uninterrupted(interrupted(trained, 2, 3, "fp32")))
+
+
 def test_no_temporary_folders_are_left(trained: Path) -> None:
     assert not list(trained.rglob("tmp.*"))
 
@@ -126,6 +143,12 @@ def test_each_combination_killed_in_its_own_launch(
     train(tmp_path, [resumed(run), uninterrupted(run)], processes=world)
     assert trajectory(run) == trajectory(uninterrupted(run))
     assert_equal_weights(run, uninterrupted(run))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def final_weights(run: Run) -> dict[str, torch.Tensor]:

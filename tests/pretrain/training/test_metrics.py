@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from pretrain.training import metrics
 from pretrain.training.metrics import (
     MetricLog,
     bits_per_byte,
@@ -13,6 +15,7 @@ from pretrain.training.metrics import (
     drop_rows_after,
     duration,
     short,
+    speed,
 )
 
 
@@ -54,6 +57,17 @@ def test_tensorboard_holds_the_same_scalars(tmp_path: Path) -> None:
 def test_bits_per_byte_of_a_uniform_byte_model_is_eight() -> None:
     assert bits_per_byte(math.log(256), bytes_per_token=1.0) == pytest.approx(8.0)
     assert bits_per_byte(math.log(256), bytes_per_token=4.0) == pytest.approx(2.0)
+
+
+def test_mfu_counts_flops_per_rank_against_the_peak_of_a_known_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "mfu" not in speed(1e6, 8, 2e9, torch.device("cpu"))
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 989.4e12)
+    values = speed(1e6, 8, 2e9, torch.device("cpu"))
+    assert values["tokens_per_second_per_rank"] == 125_000
+    assert values["tflops_per_rank"] == pytest.approx(250)
+    assert values["mfu"] == pytest.approx(250 / 989.4)
 
 
 def test_console_line_names_everything_and_prints_mfu_only_where_the_peak_is_known() -> None:
