@@ -56,25 +56,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient: bool,
     ):
         with no_autocast(hidden):
-            wide = wide_dtype(hidden)
+            wide, tokens, rows = wide_dtype(hidden), hidden.shape[0], min(chunk_size, len(hidden))
             w = weight.to(dtype)
-            nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+            nll = torch.empty(tokens, dtype=wide, device=hidden.device)
             d_hidden = torch.empty_like(hidden) if needs_gradient else None
             d_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
-            for start in range(0, hidden.shape[0], chunk_size):
+            # Two buffers for all chunks (one if the dtypes agree): fresh ones cost page faults.
+            narrow = hidden.new_empty(rows, len(weight), dtype=dtype)
+            e = narrow if dtype == wide else torch.empty_like(narrow, dtype=wide)
+            for start in range(0, tokens, chunk_size):
                 part = slice(start, start + chunk_size)
-                h, index, counts = hidden[part].to(dtype), targets[part, None], mask[part]
-                log_p = F.log_softmax(h @ w.T, -1, dtype=wide)
-                nll[part] = log_p.gather(1, index).squeeze(1).neg_().mul_(counts)
+                h, index = hidden[part].to(dtype), targets[part, None]
+                narrow, e = narrow[: len(h)], e[: len(h)]
+                torch.mm(h, w.T, out=narrow)
+                if dtype != wide:
+                    e.copy_(narrow)
+                largest, wanted = e.amax(-1, keepdim=True), e.gather(1, index)
+                total = e.sub_(largest).exp_().sum(-1, keepdim=True)
+                nll[part] = (total.log() + largest - wanted).squeeze(1) * mask[part]
                 if d_hidden is None or d_weight is None:
                     continue
-                # d nll / d logits = softmax - onehot. Uncounted tokens are struck from the narrow
-                # factors of the two products, never from the wide one.
-                d = log_p.exp_()
-                d.scatter_add_(1, index, d.new_full((1, 1), -1.0).expand_as(index))
-                d, counts = d.to(dtype), counts.unsqueeze(1)
-                d_hidden[part] = (d @ w) * counts
-                d_weight += d.T @ (h * counts)
+                # d nll / d logits = e / total - onehot. Division and mask are left to the narrow
+                # factors of the two products.
+                e.scatter_add_(1, index, -total)
+                if dtype != wide:
+                    narrow.copy_(e)
+                counts = mask[part, None] / total
+                d_hidden[part] = (narrow @ w) * counts
+                d_weight += narrow.T @ (h * counts).to(dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
