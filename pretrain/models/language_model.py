@@ -185,7 +185,9 @@ class LMHead(nn.Module):
     ) -> Tensor | CrossEntropy:
         """hidden (B, T, D) -> logits (B, T, V) or, with targets, the loss over B * T tokens."""
         if targets is None:
-            return F.linear(hidden, self.weight)
+            # Hidden states of an autocast forward are narrow, and the caller may have left it.
+            wide = torch.promote_types(hidden.dtype, self.weight.dtype)
+            return F.linear(hidden.to(wide), self.weight)
         if loss_mask is None:
             loss_mask = torch.ones_like(targets, dtype=torch.bool)
         return linear_cross_entropy(

@@ -146,6 +146,7 @@ def test_bf16_autocast_trains_close_to_fp32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got = model(tokens, targets=targets)
     assert got.loss_sum.dtype == torch.float32
+    assert model.logits(got.hidden).dtype == torch.float32  # also outside of autocast
     torch.testing.assert_close(got.loss_sum, want.loss_sum, rtol=1e-3, atol=0)
     for a, b in zip(gradient(got.loss_sum, model), gradient(want.loss_sum, model), strict=True):
         assert a.dtype == torch.float32
