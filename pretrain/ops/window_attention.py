@@ -1,4 +1,4 @@
-"""Attention whose cost does not grow with the context: sliding windows and blocks, by blocked SDPA.
+"""Attention whose cost per token does not grow with the context: sliding windows and blocks.
 
 Shapes: B batch, T queries, M cached keys in front of them, H heads, K head width, W block size.
 
@@ -9,7 +9,9 @@ mask is (W, 2W) at most and none is ever (T, T). Reach decides which of those ke
     "own"               its own block, causally
     "own_and_previous"  its own block, causally, and all of the previous one
 
-Masked weights are exact zeros, so a future token cannot change a single bit of the past.
+Three forms share one signature: `window_attention` (matmuls block by block on a CPU, blocked SDPA
+elsewhere), `window_attention_sdpa` and the naive twin. Masked weights are exact zeros, so a future
+token cannot change a single bit of the past.
 """
 
 from typing import Literal

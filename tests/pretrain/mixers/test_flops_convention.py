@@ -1,0 +1,42 @@
+"""The FLOP convention counts the keys that are visible, one by one, and no masked entry."""
+
+import pytest
+
+from pretrain import mixers
+
+D_MODEL, W, MODES, CHUNK = 8, 8, 3, 4
+LENGTHS = [W, 4 * W]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention_counts_every_earlier_key(length: int) -> None:
+    visible = sum(i + 1 for i in range(length)) / length
+    mixer = mixers.build("attention", d_model=D_MODEL, n_heads=2)
+    assert mixer.flops_per_token(length) == 8 * D_MODEL**2 + 4 * D_MODEL * visible
+
+
+@pytest.mark.parametrize("length", [3, *LENGTHS])
+def test_sliding_window_counts_the_window(length: int) -> None:
+    visible = sum(min(i + 1, W) for i in range(length)) / length
+    mixer = mixers.build("swa", d_model=D_MODEL, n_heads=2, window_size=W)
+    assert mixer.flops_per_token(length) == pytest.approx(8 * D_MODEL**2 + 4 * D_MODEL * visible)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("reach", ["own", "own_and_previous"])
+def test_bst_counts_both_attentions_and_half_the_toeplitz(length: int, reach: str) -> None:
+    previous = W if reach == "own_and_previous" else 0
+    own = sum(i % W + 1 for i in range(length))
+    seen = 2 * own + sum(previous for i in range(length) if i >= W)
+    mixer = mixers.build(
+        "bst",
+        d_model=D_MODEL,
+        n_heads=2,
+        block_size=W,
+        chunk_size=CHUNK,
+        n_modes=MODES,
+        self_attention=reach,
+    )
+    # Projections: q, k, v, q2 (4), kc, vc (2), and the output of both attentions (2).
+    want = 2 * 8 * D_MODEL**2 + 4 * D_MODEL * seen / length + D_MODEL * (CHUNK + 8 * MODES)
+    assert mixer.flops_per_token(length) == pytest.approx(want)
