@@ -17,11 +17,12 @@ launch/local.sh experiment="${preset}_bst"
 say "3/4 training the window-only model of equal size, equally long"
 launch/local.sh experiment="${preset}_swa"
 
-say "4/4 perplexity against context length, from 64 to 8192 tokens"
+say "4/4 perplexity against context length, up to 16 times the training segment"
 for model in bst swa; do
-  python launch/evaluate.py run="runs/${preset}_${model}" suite=perplexity contexts=64..8192
+  python launch/evaluate.py run="runs/${preset}_${model}" suite=perplexity \
+    contexts=128..4096 protocols=fixed,stream spans_per_document=3 stream_tokens=8192
 done
 
-say "report"
+say "report, with a byte 5-gram model trained on the same text beside them"
 python launch/evaluate.py report "runs/${preset}_bst" "runs/${preset}_swa" \
   out="runs/${preset}_report" ngram=true

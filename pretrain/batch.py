@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class StepLoader(Protocol):
-    """Batches as a pure function of the optimizer step: a position is an integer, not an iterator."""
+    """Batches as a pure function of the optimizer step: a position is an integer."""
 
     def steps(self, start_step: int) -> Iterator[list[Batch]]:
         """Yields, for each optimizer step from `start_step` on, this rank's micro-batches."""

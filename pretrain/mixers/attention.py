@@ -10,10 +10,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.mixers.base import Clock, MixerOutput, TokenMixer
+from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.normalization import prepare_heads
 
 # Rows of the score matrix that are alive at once where a mask is needed.
@@ -98,8 +98,7 @@ class Attention(TokenMixer):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         scale = 1.0 if self.qk_scale is not None else None
         if starts is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-            return y.transpose(1, 2)
+            return masked_attention(q, k, v, None, scale).transpose(1, 2)
         cached, outputs = k.shape[2] - q.shape[2], []
         key = torch.arange(k.shape[2], device=k.device)
         for start in range(0, q.shape[2], QUERY_BLOCK):
@@ -107,10 +106,8 @@ class Attention(TokenMixer):
             end = cached + start + rows.shape[2]
             first = starts[:, start : start + QUERY_BLOCK, None]
             visible = (key[:end] <= key[cached + start : end, None]) & (key[:end] >= first)
-            y = F.scaled_dot_product_attention(
-                rows, k[:, :, :end], v[:, :, :end], attn_mask=visible.unsqueeze(1), scale=scale
-            )
-            outputs.append(y)
+            mask = visible.unsqueeze(1)
+            outputs.append(masked_attention(rows, k[:, :, :end], v[:, :, :end], mask, scale))
         return torch.cat(outputs, 2).transpose(1, 2)
 
     def init_state(

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.numerics import no_autocast
 
 Reach = Literal["window", "own", "own_and_previous"]
@@ -87,14 +88,7 @@ def window_attention_sdpa(
         queries = q[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)
         flags = fresh[:, block : block + count] if fresh is not None else None
         mask = _visible(reach, block_size, at, back, size, flags, q.device)
-        y = F.scaled_dot_product_attention(
-            queries,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-        )
+        y = masked_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), mask, scale)
         outputs.append(y.transpose(1, 2).unflatten(0, (-1, count)).flatten(1, 2))
         block += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
