@@ -354,9 +354,8 @@ def _split_arguments(
         elif key == "resume":
             overrides["resume.mode"] = text
         else:
-            overrides[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))[
-                "value"
-            ]
+            parsed = OmegaConf.from_dotlist([f"value={text}"]).value
+            overrides[key] = OmegaConf.to_object(parsed) if OmegaConf.is_config(parsed) else parsed
     return picks, overrides
 
 
