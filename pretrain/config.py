@@ -9,6 +9,7 @@ values are properties and are stored nowhere.
 
 import difflib
 import os
+import re
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -311,6 +312,11 @@ def problems_of(config: RunConfig) -> list[str]:
             f"data.boundary={config.data.boundary} with data.mode={config.data.mode}: "
             f"use data.boundary={fitting}"
         )
+    if not re.fullmatch(r"(\d+:\d+)?", config.profile.steps):
+        problems.append(
+            f"profile.steps={config.profile.steps}: write FIRST:LAST, e.g. 10:13 for steps 10, 11 "
+            f"and 12; quote it in a YAML file"
+        )
     if not problems:
         problems += _batch_problems(config)
     return problems
@@ -353,6 +359,8 @@ def _split_arguments(
             picks[key] = text
         elif key == "resume":
             overrides["resume.mode"] = text
+        elif re.fullmatch(r"\d+(:\d+)+", text):
+            overrides[key] = text  # YAML 1.1 reads 10:13 as a number to base 60
         else:
             parsed = OmegaConf.from_dotlist([f"value={text}"]).value
             overrides[key] = OmegaConf.to_object(parsed) if OmegaConf.is_config(parsed) else parsed

@@ -78,7 +78,8 @@ def test_stopped_by_sigterm_and_started_again_the_command_finishes(
     pid = second_rank(process.stdout)
     while process.poll() is None and len(rows_of(run)) < 3:
         time.sleep(0.05)
-    os.kill(pid, signal.SIGTERM)
+    if process.poll() is None:
+        os.kill(pid, signal.SIGTERM)
     code, output = finish(process)
     assert code == train_command.PREEMPTED, output[-4000:]
     stopped_at = len(rows_of(run))

@@ -45,6 +45,10 @@ def test_precedence_is_defaults_then_files_then_command_line(config_dir: Path) -
     assert config.train.total_tokens == 10_000_000_000
 
 
+def test_step_range_is_text_and_not_a_number_to_base_60(config_dir: Path) -> None:
+    assert load_config(["profile.steps=10:13"], config_dir=config_dir).profile.steps == "10:13"
+
+
 def test_model_picked_on_the_command_line_replaces_the_experiments(config_dir: Path) -> None:
     config = load_config(["experiment=mine", "model=other"], config_dir=config_dir)
     assert config.model.d_model == 96
@@ -84,6 +88,7 @@ def test_layers_are_chosen_by_integer_keys_from_file_and_command_line(config_dir
             ["4096*4*1 = 16384", "nearest: 491520 or 507904"],
         ),
         (["train.carry_state=true", "data.mode=windows"], ["use data.mode=lanes"]),
+        (["profile.steps=10"], ["profile.steps=10: write FIRST:LAST"]),
         (["train.precision=fp16"], ["must be one of bf16, fp32"]),
         (["schedule.warmup_fraction=1.5"], ["between 0 and 1"]),
         (["world_size=4"], ["1 process(es) were started"]),
