@@ -9,6 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
 
+# Prints the folder of an installed torch >= 2.11, else fails.
+FIND_TORCH := import pathlib, re, torch; \
+	assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11); \
+	print(pathlib.Path(torch.__file__).parents[1])
+
 .PHONY: quickstart quickstart-long test test-slow lint format clean
 .DELETE_ON_ERROR:
 
@@ -33,15 +38,17 @@ format: $(VENV)/ready
 	@$(RUN) ruff check --fix
 	@$(RUN) ruff format
 
-# The stamp is written last, so an interrupted installation is repeated.
+# The stamp is written last, so an interrupted installation is repeated. A torch that PYTHON already
+# has is reached through a path file: --system-site-packages would miss it if PYTHON is itself in a
+# virtual environment.
 $(VENV)/ready: pyproject.toml requirements.txt Makefile
-	@rm -rf $(VENV)
-	@if $(PYTHON) -c 'import re, torch; assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11)' 2>/dev/null; then \
-		echo "make: using the torch that $(PYTHON) already has"; \
-		$(PYTHON) -m venv --system-site-packages $(VENV); \
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+	@if site=$$($(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null); then \
+		echo "make: using the torch in $$site"; \
+		echo "$$site" > $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/torch.pth; \
 	else \
 		echo "make: installing $(TORCH)"; \
-		$(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q --disable-pip-version-check $(TORCH); \
+		$(BIN)/pip install -q --disable-pip-version-check $(TORCH); \
 	fi
 	@echo "make: installing the pinned dependencies"
 	@DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check -r requirements.txt

@@ -4,18 +4,25 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 preset=${1:-quickstart}
-began=$SECONDS
 
-say() { printf '\n== %s  [%d s]\n' "$*" "$((SECONDS - began))"; }
+say() { printf '\n== %s  [%d s]\n' "$*" "$SECONDS"; }
+
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  train() { deepspeed --num_gpus 1 launch/train.py "$@"; }
+else
+  # Two processes of one thread each: on two cores that is faster than one process with two.
+  export DS_ACCELERATOR=cpu
+  train() { OMP_NUM_THREADS=1 deepspeed --num_accelerators 2 launch/train.py "$@"; }
+fi
 
 say "1/4 preparing the bundled books (once)"
 python launch/prepare.py data=books_sample
 
 say "2/4 training a Block-State Transformer"
-launch/local.sh experiment="${preset}_bst"
+train experiment="${preset}_bst"
 
 say "3/4 training the window-only model of equal size, equally long"
-launch/local.sh experiment="${preset}_swa"
+train experiment="${preset}_swa"
 
 say "4/4 perplexity against context length, up to 16 times the training segment"
 for model in bst swa; do
