@@ -51,7 +51,8 @@ $(VENV)/ready: pyproject.toml requirements.txt Makefile
 		$(BIN)/pip install -q --disable-pip-version-check $(TORCH); \
 	fi
 	@echo "make: installing the pinned dependencies"
-	@DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	@DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check --no-deps --ignore-installed \
+		-r requirements.txt
 	@$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
