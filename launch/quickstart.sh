@@ -24,7 +24,7 @@ train experiment="${preset}_bst"
 say "3/4 training the window-only model of equal size, equally long"
 train experiment="${preset}_swa"
 
-say "4/4 perplexity against context length, up to 16 times the training segment"
+say "4/4 perplexity against context length, up to 4,096 tokens"
 for model in bst swa; do
   python launch/evaluate.py run="runs/${preset}_${model}" suite=perplexity \
     contexts=128..4096 protocols=fixed,stream spans_per_document=3 stream_tokens=8192
