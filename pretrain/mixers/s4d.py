@@ -48,7 +48,7 @@ class DiagonalSSM(nn.Module):
         chunk_size: int = 64,
     ) -> None:
         super().__init__()
-        self.chunk_size = chunk_size
+        self.d_model, self.n_modes, self.chunk_size = d_model, n_modes, chunk_size
         real, imag = _initial_spectrum(init, n_modes)
         # Real pairs throughout: complex parameters break under ZeRO.
         log_dt = torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max))
@@ -74,9 +74,9 @@ class DiagonalSSM(nn.Module):
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(B, D, 2, N) zeros, in at least fp32."""
-        channels, modes = self.A_imag.shape
         wide = torch.promote_types(dtype, torch.float32)
-        return torch.zeros(batch_size, channels, 2, modes, device=device, dtype=wide)
+        # Not the parameters' shapes: outside of a forward ZeRO-3 leaves them empty.
+        return torch.zeros(batch_size, self.d_model, 2, self.n_modes, device=device, dtype=wide)
 
 
 def _initial_spectrum(init: Init, n_modes: int) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,10 @@ class SlidingWindowAttention(TokenMixer):
 
 
 def last_tokens(x: Tensor, count: int) -> Tensor:
-    """The last `count` tokens of x (B, S, ...), zeros in front where there are fewer."""
+    """The last `count` tokens of x (B, S, H, K), zeros in front where there are fewer.
+
+    In memory of their own: a view would keep all S tokens alive for as long as the state lives.
+    """
     missing = max(0, count - x.shape[1])
     kept = x[:, max(0, x.shape[1] - count) :]
-    return F.pad(kept, (0, 0, 0, 0, missing, 0)) if missing else kept
+    return F.pad(kept, (0, 0, 0, 0, missing, 0)) if missing else kept.clone()

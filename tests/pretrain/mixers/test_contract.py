@@ -233,6 +233,30 @@ def test_state_size_is_constant_unless_the_mixer_says_otherwise(name: str, varia
 
 
 @every_row
+@pytest.mark.parametrize("sizes", [[8 * W], [4 * W + 3, 4 * W - 3]], ids=["fresh", "carried"])
+def test_a_state_keeps_no_memory_but_its_own(name: str, variant: str, sizes: list[int]) -> None:
+    """A view of the last tokens would keep the projections of the whole segment alive."""
+    mixer = build(name, variant)
+    if not mixer.constant_state:
+        return
+    with torch.no_grad():
+        _, state = run_split(mixer, inputs(sum(sizes)), sizes)
+    for tensor in flat(state):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@every_row
+def test_initial_state_needs_no_parameters(name: str, variant: str) -> None:
+    """Outside of a forward ZeRO-3 leaves them empty, and resuming asks for the state there."""
+    mixer = build(name, variant)
+    want = mixer.init_state(BATCH, device=torch.device("cpu"), dtype=torch.float32)
+    for parameter in mixer.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    got = mixer.init_state(BATCH, device=torch.device("cpu"), dtype=torch.float32)
+    assert [t.shape for t in flat(got)] == [t.shape for t in flat(want)]
+
+
+@every_row
 def test_every_parameter_gets_a_gradient(name: str, variant: str) -> None:
     mixer = build(name, variant)
     mixer(inputs()).y.square().sum().backward()
