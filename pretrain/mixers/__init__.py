@@ -51,12 +51,18 @@ def build(name: str, *, d_model: int, causal: bool = True, **mixer_options: Any)
         **mixer_options: the mixer's own options.
 
     Raises:
-        ValueError: unknown name or option, an option the mixer refuses, no two-sided form.
+        ValueError: unknown name or option, an option of another type than its default or that the
+            mixer refuses, no two-sided form.
     """
     known = options(name)
-    for key in mixer_options:
+    for key, value in mixer_options.items():
         if key not in known:
             raise ValueError(f"unknown option {name}.{key}: {_suggest(key, sorted(known))}")
+        if not _is_like(value, known[key]):
+            raise ValueError(
+                f"{name}.{key}={value!r} must be of type {type(known[key]).__name__}, like its "
+                f"default {known[key]!r}, not {type(value).__name__}"
+            )
     if MIXERS[name].two_sided:
         return MIXERS[name](d_model, causal=causal, **mixer_options)
     if not causal:
@@ -64,6 +70,11 @@ def build(name: str, *, d_model: int, causal: bool = True, **mixer_options: Any)
             f"causal=False: mixer {name!r} has no two-sided form, so it cannot serve an encoder"
         )
     return MIXERS[name](d_model, **mixer_options)
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Of the default's type; an integer will do for a float, but a bool is no number."""
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 def _suggest(key: str, known: list[str]) -> str:

@@ -117,7 +117,7 @@ class LanguageModelConfig:
         for name in ("d_model", "n_layers", "loss_chunk_size"):
             if getattr(self, name) < 1:
                 found.append(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("vocab_size", "d_ff", "reset_grid"):
+        for name in ("vocab_size", "d_ff", "reset_grid", "init_std"):
             if getattr(self, name) < 0:
                 found.append(f"model.{name}={getattr(self, name)} must not be negative")
         if self.mlp not in MLPS:
@@ -127,6 +127,8 @@ class LanguageModelConfig:
         except ValueError as error:
             found.append(str(error))
             used = set()
+        if self.d_model < 1:  # nothing can be built to look at
+            return found
         grids = []
         for name in sorted(used | set(self.mixers)):
             try:
@@ -143,8 +145,15 @@ class LanguageModelConfig:
         return found
 
     def build_mixer(self, name: str) -> TokenMixer:
-        """A new mixer of this model's width with the options given for its name."""
-        return build(name, d_model=self.d_model, **(self.mixers.get(name) or {}))
+        """A new mixer of this model's width with the options given for its name.
+
+        Raises:
+            ValueError: the mixer refuses its name or its options.
+        """
+        options = self.mixers.get(name) or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"{name}={options!r} must be a mapping of options, {name}: {{...}}")
+        return build(name, d_model=self.d_model, **options)
 
 
 class ModelState(NamedTuple):

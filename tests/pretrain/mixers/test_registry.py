@@ -20,6 +20,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("s4d", {"dt_min": 0.1, "dt_max": 0.01}, "0 < dt_min <= dt_max"),
     ("s4d", {"n_modes": 0}, "must be at least 1"),
     ("s4d", {"chunk_size": 0}, "at least 1 token"),
+    ("swa", {"window_size": "abc"}, "swa.window_size='abc' must be of type int, .* not str"),
+    ("swa", {"n_heads": None}, "type int, .* not NoneType"),
+    ("swa", {"n_heads": 2.0}, "type int, .* not float"),
+    ("swa", {"qk_norm": "no"}, "type bool, .* not str"),
+    ("s4d", {"n_modes": True}, "type int, .* not bool"),
+    ("bst", {"rotary_base": "x"}, "type float, .* not str"),
 ]
 
 
@@ -33,3 +39,7 @@ def test_wrong_options_are_refused_with_the_reason(
 
 def test_options_lists_defaults() -> None:
     assert mixers.options("swa")["window_size"] == 512
+
+
+def test_whole_numbers_do_for_fractional_options() -> None:
+    assert mixers.build("swa", d_model=8, n_heads=2, rotary_base=500_000).d_model == 8

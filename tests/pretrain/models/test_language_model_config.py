@@ -25,6 +25,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reset_grid": 100}, "not a multiple of 512"),
     ({"d_ff": -1}, "must not be negative"),
     ({"vocab_size": 0}, "set it to the tokenizer's size"),
+    ({"d_model": -2, "layers": LayersConfig(default="s4d")}, "d_model=-2 must be at least 1"),
+    ({"init_std": -0.02}, "must not be negative"),
+    ({"mixers": {"swa": 3}}, "swa=3 must be a mapping"),
+    ({"mixers": {"swa": {"window_size": "abc"}}}, "window_size='abc' must be of type int"),
 ]
 
 
