@@ -72,11 +72,12 @@ class GateFailure(Exception):
 def check_model(
     model: ScoredModel, documents: EvalDocuments, max_tokens: int, seed: int = 0
 ) -> list[GateResult]:
-    """Runs the gates that need a model, on the two longest documents.
+    """Runs the gates that need a model, on the longest documents.
 
     Args:
         model: the model.
-        documents: at least one of two tokens; with one document, isolation uses its two halves.
+        documents: at least one; where none is half as long as the longest, the longest one's two
+            halves are used: a gate on a few tokens would pass whatever the model does.
         max_tokens: the longest input tried; well beyond the training length, where a kernel of
             fixed length would cut the memory off.
         seed: of the perturbed positions and replacement tokens.
@@ -126,17 +127,20 @@ def require(gates: Sequence[GateResult]) -> None:
 
 
 def _two_inputs(documents: EvalDocuments, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two inputs of equal length with different content."""
-    order = np.argsort(documents.lengths)[::-1]
-    if len(order) > 1:
-        n = min(documents.lengths[order[1]], max_tokens)
-        a, b = (documents.slice(int(doc), -1, n) for doc in order[:2])
+    """Two inputs of equal length with different content: as long as the documents allow."""
+    longest, *others = np.argsort(documents.lengths)[::-1].tolist()
+    half = documents.lengths[longest] // 2
+    if others and documents.lengths[others[0]] >= half:
+        n = min(documents.lengths[others[0]], max_tokens)
+        a, b = (documents.slice(doc, -1, n) for doc in (longest, others[0]))
     else:
-        n = min(documents.lengths[order[0]] // 2, max_tokens)
-        a = documents.slice(0, -1, n)
-        b = np.concatenate([a[:1], documents.slice(0, n, 2 * n)])
+        n = min(half, max_tokens)
+        a = documents.slice(longest, -1, n)
+        b = np.concatenate([a[:1], documents.slice(longest, n, 2 * n)])
     if n < 4:
-        raise ValueError(f"documents: the longest has {n} tokens; the gates need at least 4")
+        raise ValueError(
+            f"documents: the longest has {documents.lengths[longest]} tokens; the gates need 8"
+        )
     return a, b
 
 

@@ -91,6 +91,11 @@ def test_a_pass_that_asks_for_a_token_twice_fails_coverage():
     assert not gates.check_coverage(doubled, table).passed
 
 
-def test_one_document_is_enough_for_the_gates():
-    documents = random_documents([200])
-    assert all(gate.passed for gate in gates.check_model(Recurrent(), documents, 90))
+@pytest.mark.parametrize("lengths", [[200], [5, 200, 9]])
+def test_one_long_document_is_enough_and_short_ones_do_not_shorten_the_gates(lengths):
+    documents = random_documents(lengths)
+    model = Recurrent()
+    assert all(gate.passed for gate in gates.check_model(model, documents, 90))
+    assert max(length for _, length in model.calls) == 90
+    with pytest.raises(ValueError, match="the longest has 6 tokens; the gates need 8"):
+        gates.check_model(model, random_documents([5, 1]), 90)
