@@ -20,11 +20,14 @@ from torch import Tensor
 
 from data.order import LaneOrder, WindowOrder
 from data.shards import Corpus
-from data.tokenizer import BOS_ID, PAD_ID
+from data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from pretrain.batch import Batch
 
 STATE_FORMAT = 1
 BOUNDARIES = {"lanes": "pad_block", "windows": "packed"}
+START_ID = {"lanes": BOS_ID, "windows": EOS_ID}
+"""What a model sees before a document's first token: in windows the EOS of the one before it, save
+for a single BOS per epoch. Whoever evaluates a model puts the same token there."""
 ORDER_BLOCK = 4096  # Samples whose order is computed at once: the permutation is vectorised.
 
 

@@ -103,7 +103,8 @@ def _fit(training: EvalDocuments) -> ByteNgram:
 
 
 def _identity(documents: EvalDocuments, training: EvalDocuments, table: TokenTable) -> str:
-    digest = hashlib.sha256(f"{NAME} 1 {documents.fingerprint} {training.source}".encode())
+    sources = f"{documents.identity} {training.identity}:{training.source.get('limit')}"
+    digest = hashlib.sha256(f"{NAME} 1 {sources}".encode())
     digest.update(table.doc.tobytes())
     digest.update(table.position.tobytes())
     return digest.hexdigest()

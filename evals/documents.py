@@ -1,8 +1,9 @@
 """The evaluated documents: token ids, and the text bytes behind each token.
 
-A document's last token is EOS; BOS is added by the scorer. Bytes are those of the decoded tokens:
-with a lossless tokenizer they are the original text's, and `lossless` says whether they are. Tokens
-without bytes (EOS) are left out of bits per byte in both sums, numerator and denominator.
+A document's last token is EOS; the scorer puts BOS before it, or whatever stood there in training.
+Bytes are those of the decoded tokens: with a lossless tokenizer they are the original text's, and
+`lossless` says whether they are. Tokens without bytes (EOS) are left out of bits per byte in both
+sums, numerator and denominator.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ class EvalDocuments:
     Attributes:
         tokens: per document (n,) integer ids, EOS included; views of memory-mapped shards are fine.
         token_bytes: the text bytes of every id, empty for specials.
-        bos_id: id put in front of a document.
-        fingerprint: identity of the tokenized data.
+        bos_id: id put in front of a document: what stood there in training.
+        fingerprint: identity of the tokenized corpus, all of its splits.
         tokenizer_sha256: identity of the tokenizer.
         raw_bytes: bytes of each document's original text.
         source: where it came from, JSON-able: path, split and the like.
@@ -37,6 +38,11 @@ class EvalDocuments:
     tokenizer_sha256: str
     raw_bytes: Sequence[int]
     source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """All that these documents decide about a loss: corpus, split, and what stands in front."""
+        return f"{self.fingerprint}:{self.source.get('split')}:{self.bos_id}"
 
     @property
     def vocab_size(self) -> int:
@@ -80,8 +86,13 @@ def decode(ids: np.ndarray, token_bytes: list[bytes]) -> bytes:
     return b"".join([token_bytes[i] for i in np.asarray(ids).tolist()])
 
 
-def from_corpus(corpus: Corpus, limit: int | None = None) -> EvalDocuments:
+def from_corpus(corpus: Corpus, limit: int | None = None, start_id: int = BOS_ID) -> EvalDocuments:
     """The first `limit` documents of a prepared split, in its order.
+
+    Args:
+        corpus: an opened split.
+        limit: at most this many documents; None: all.
+        start_id: put in front of each: `data.loader.START_ID` of the order a model was trained in.
 
     Raises:
         ValueError: the split holds no document, or the limit is below 1.
@@ -96,7 +107,7 @@ def from_corpus(corpus: Corpus, limit: int | None = None) -> EvalDocuments:
     return EvalDocuments(
         tokens=[corpus.document(i) for i in range(n)],
         token_bytes=corpus.tokenizer.token_bytes(),
-        bos_id=BOS_ID,
+        bos_id=start_id,
         fingerprint=corpus.fingerprint,
         tokenizer_sha256=corpus.tokenizer.sha256,
         raw_bytes=corpus.raw_bytes[:n].tolist(),

@@ -55,7 +55,6 @@ class PerplexityOptions:
         protocols: any of `PROTOCOLS`.
         span_tokens: T of `fixed`; None: 64, at most a quarter of the smallest context.
         spans_per_document: target spans of `fixed`; more narrow the intervals within documents.
-        phase_grid: the span starts spread over the phases of this many tokens.
         stream_tokens: first tokens of each document for `stream` and `nonoverlap`; None: all.
         segment_tokens: of `stream`: how much runs at once before the state is handed on.
         window_tokens: L of `nonoverlap`; None: the training length.
@@ -66,7 +65,6 @@ class PerplexityOptions:
     protocols: tuple[str, ...] = PROTOCOLS
     span_tokens: int | None = None
     spans_per_document: int = 4
-    phase_grid: int = 512
     stream_tokens: int | None = None
     segment_tokens: int = 2048
     window_tokens: int | None = None
@@ -85,7 +83,6 @@ class PerplexityOptions:
         for name in (
             "span_tokens",
             "spans_per_document",
-            "phase_grid",
             "stream_tokens",
             "segment_tokens",
             "window_tokens",
@@ -108,7 +105,6 @@ def plan(lengths: Sequence[int], options: PerplexityOptions, train_length: int) 
                 options.contexts,
                 options.span_tokens,
                 options.spans_per_document,
-                options.phase_grid,
             )
         elif name == "position":
             passes += protocols.position(lengths, max(options.contexts))
@@ -163,7 +159,7 @@ def run(
     tables: dict[str, TokenTable] = {}
     for scoring in passes:
         path = out_dir / "tokens" / f"{scoring.name}.npz"
-        identity = pass_identity(scoring, f"{before}:{model.precision}", documents.fingerprint)
+        identity = pass_identity(scoring, f"{before}:{model.precision}", documents.identity)
         table = TokenTable.load_if_same(path, identity)
         if table is None:
             table = score(
@@ -198,6 +194,7 @@ def run(
             "vocab_size": model.vocab_size,
             "reset_grid": model.reset_grid,
             "train_length": train_length,
+            "start_id": documents.bos_id,
         },
         "tokenizer": {
             "sha256": documents.tokenizer_sha256,
@@ -213,7 +210,10 @@ def run(
             "n_bytes": sum(documents.raw_bytes),
         },
         "protocols": [_protocol_record(scoring, tables[scoring.name]) for scoring in passes],
-        "policy": {"bos": "before each document's first token", "documents": "isolated"},
+        "policy": {
+            "start": "each document behind what preceded documents in the model's training",
+            "documents": "isolated",
+        },
         "env": environment(model.device),
         "gates": [gate.as_dict() for gate in gate_results],
         "metrics": derive(list(tables.values()), train_length),

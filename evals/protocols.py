@@ -15,9 +15,10 @@ Coordinates: token i of a document has index i = 0 .. n-1, the last one being EO
 BOS that the scorer puts in front. An item feeds tokens [start, stop-1) and has the targets
 [start+1, stop), of which [score_from, stop) count.
 
-Surprising: a forward that starts exactly C tokens before a span puts the span at phase C mod W of
-a block model's grid, whatever its place in the document. For multiples of W that is phase 0, where
-a block model's attention reaches least far, the same for every C; `stream` averages over phases.
+Surprising: a forward that starts exactly C tokens before a span fixes the span's place in a block
+model's grid, wherever in the document it stands. For C a multiple of the block size W, its tokens
+are predicted from phases W-1, 0, 1 .. T-2: the same ones for every C, but mostly early ones, where
+block attention reaches least far, unless T is a multiple of W. `stream` averages over all phases.
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,20 +82,18 @@ def fixed_spans(
     max_context: int,
     span_tokens: int,
     spans_per_document: int,
-    phase_grid: int = 512,
 ) -> list[tuple[int, int]]:
     """Target spans (doc, first token), the same ones for every context.
 
     Each long enough document is cut into `spans_per_document` equal stretches behind its first
-    `max_context` tokens, one span in each; the starts walk over the phases of `phase_grid` by the
-    golden ratio, which is even over every block size at once. EOS is never in a span.
+    `max_context` tokens, one span in each; its place there walks by the golden ratio, evenly and
+    without a period that a text could share. EOS is never in a span.
 
     Args:
         lengths: tokens per document, EOS included.
         max_context: the largest context; every span has that many tokens before it.
         span_tokens: T.
         spans_per_document: at most this many spans; fewer where they would overlap.
-        phase_grid: tokens over which the starts are spread.
     """
     spans: list[tuple[int, int]] = []
     for doc, length in enumerate(lengths):
@@ -103,11 +102,7 @@ def fixed_spans(
         for k in range(count):
             low = max_context + room * k // count
             high = max_context + room * (k + 1) // count - span_tokens
-            phase = int(phase_grid * (len(spans) * _GOLDEN % 1.0))
-            start = low + (phase - low) % phase_grid
-            if start > high:
-                start = low + (phase - low) % phase_grid % (high - low + 1)
-            spans.append((doc, start))
+            spans.append((doc, low + int((high - low + 1) * (len(spans) * _GOLDEN % 1.0))))
     return spans
 
 
@@ -116,7 +111,6 @@ def fixed(
     contexts: Sequence[int],
     span_tokens: int | None = None,
     spans_per_document: int = 4,
-    phase_grid: int = 512,
 ) -> Iterator[Pass]:
     """One pass per context over one set of spans.
 
@@ -131,7 +125,7 @@ def fixed(
             f"span_tokens={span_tokens} is not between 1 and a quarter of the smallest context "
             f"({contexts[0]}): longer spans blur small contexts; use span_tokens={limit}"
         )
-    spans = fixed_spans(lengths, contexts[-1], span_tokens, spans_per_document, phase_grid)
+    spans = fixed_spans(lengths, contexts[-1], span_tokens, spans_per_document)
     if not spans:
         raise ValueError(
             f"contexts={contexts[-1]} leaves no target: the longest of {len(lengths)} documents "
@@ -146,7 +140,6 @@ def fixed(
             settings={
                 "span_tokens": span_tokens,
                 "spans_per_document": spans_per_document,
-                "phase_grid": phase_grid,
                 "max_context": contexts[-1],
             },
             items=tuple(
@@ -221,12 +214,12 @@ def scored_positions(items: Sequence[WorkItem]) -> tuple[np.ndarray, np.ndarray]
     return docs[order].astype(np.int64), positions[order].astype(np.int64)
 
 
-def log_buckets(max_tokens: int, per_octave: int = 1) -> np.ndarray:
+def log_buckets(max_tokens: int) -> np.ndarray:
     """Ascending bucket edges 0, 1, 2, 4, .. `max_tokens`, log-spaced.
 
     Returns:
         (n_buckets + 1,) int64; bucket b holds positions edges[b] <= i < edges[b+1].
     """
-    octaves = np.arange(0, per_octave * np.ceil(np.log2(max(max_tokens, 2))) + 1) / per_octave
-    edges = np.unique(np.concatenate([[0], np.round(2.0**octaves), [max_tokens]]).astype(np.int64))
+    powers = 2 ** np.arange(max(max_tokens, 1).bit_length())
+    edges = np.unique(np.concatenate([[0], powers, [max_tokens]]))
     return edges[edges <= max_tokens]

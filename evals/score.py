@@ -116,8 +116,7 @@ def score(
             rows += _run_batch(model, documents, chains, bar)
     seconds = time.perf_counter() - began
     meta = {
-        "identity": identity
-        or pass_identity(scoring, model_identity(model), documents.fingerprint),
+        "identity": identity or pass_identity(scoring, model_identity(model), documents.identity),
         "pass": scoring.name,
         "protocol": scoring.protocol,
         "context": scoring.context,

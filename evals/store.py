@@ -132,7 +132,7 @@ def pass_identity(scoring: Pass, model: str, data: str) -> str:
     Args:
         scoring: the pass; its items enter one by one, so the documents' lengths do too.
         model: identity of the model: weights, buffers and precision.
-        data: identity of the tokenized documents.
+        data: identity of the documents, their split included.
     """
     record = [STORE_FORMAT, model, data, scoring.name, scoring.protocol, scoring.settings]
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from data.loader import START_ID
 from data.shards import Corpus
 from evals import baseline, compare, perplexity, report
 from evals.compare import EvalRun
@@ -101,7 +102,7 @@ def evaluate(arguments: EvaluateArguments, command: str) -> int:
             f"that {run_dir} was trained with ({checkpoint['tokenizer'][:12]}); prepare this text "
             f"with tokenizer={config.data.path}/tokenizer.model"
         )
-    documents = from_corpus(corpus, arguments.limit)
+    documents = from_corpus(corpus, arguments.limit, START_ID[config.data.mode])
     out_dir = run_dir / "eval" / (arguments.name or arguments.suite)
     result = perplexity.run(
         LanguageModelScorer(model, device, arguments.precision),

@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from data.loader import build_loader
+from data.loader import START_ID, build_loader
 from data.shards import Corpus
-from data.tokenizer import BOS_ID
 from pretrain.config import RunConfig, differences, load_config, load_saved_config, save_config
 from pretrain.models import LanguageModel
 from pretrain.training.checkpoint import checkpoint_bytes
@@ -134,11 +133,14 @@ def open_validation(config: RunConfig) -> tuple[list[torch.Tensor], int, float] 
             f"{config.data.val_split} has {corpus.doc_lengths.max()} tokens; choose that or less, "
             f"or eval.documents=0 for none"
         )
+    start = [START_ID[config.data.mode]]
     documents = [
-        torch.from_numpy(np.concatenate([[BOS_ID], corpus.document(i)[:length]]).astype(np.int64))
+        torch.from_numpy(np.concatenate([start, corpus.document(i)[:length]]).astype(np.int64))
         for i in chosen.tolist()
     ]
-    return documents, config.train.seq_len, int(corpus.raw_bytes.sum()) / corpus.n_tokens
+    piece_bytes = np.array([len(piece) for piece in corpus.tokenizer.token_bytes()])
+    n_bytes = sum(int(piece_bytes[document[1:].numpy()].sum()) for document in documents)
+    return documents, config.train.seq_len, n_bytes / (length * len(documents))
 
 
 def describe_run(config: RunConfig, world: World, screen: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import Loader, build_loader
+from data.loader import START_ID, Loader, build_loader
 from data.shards import Corpus
 from data.tokenizer import BOS_ID, EOS_ID, PAD_ID
 from pretrain.batch import Batch
@@ -162,6 +162,21 @@ def test_windows_deliver_every_token_exactly_once_per_epoch(corpus: Corpus) -> N
         assert (tokens[doc_id < 0] == PAD_ID).all()
         changes = np.flatnonzero(np.diff(doc_id[doc_id >= 0]))
         assert all(tokens[i] == EOS_ID for i in changes), "EOS separates packed neighbours"
+
+
+@pytest.mark.parametrize("mode", ["lanes", "windows"])
+def test_documents_begin_behind_the_token_that_evaluation_puts_there(
+    corpus: Corpus, mode: str
+) -> None:
+    before = []
+    for step in islice(loader_of(corpus, mode).steps(0), steps_per_epoch(corpus)):
+        batch = joined(step)
+        new = batch.doc_id[:, 1:] != batch.doc_id[:, :-1]
+        if mode == "lanes":  # There the token in front is counted to the document.
+            new = torch.cat([torch.zeros(G, 1, dtype=torch.bool), new[:, :-1]], 1)
+        before += batch.tokens[:, :-1][new & batch.loss_mask].tolist()
+    assert len(before) >= corpus.n_documents // 2
+    assert set(before) == {START_ID[mode]}
 
 
 def test_an_epochs_remainder_shares_a_batch_with_the_next_epoch(corpus: Corpus) -> None:

@@ -81,7 +81,7 @@ def altered(run, section, **changes):
         ("data", {"fingerprint": "x"}, "data.fingerprint differs"),
         ("data", {"split": "test"}, "data.split differs"),
         ("data", {"n_docs": 3}, "data.n_docs differs"),
-        ("policy", {"bos": "in every window"}, "policy differs"),
+        ("policy", {"documents": "packed"}, "policy differs"),
         ("tokenizer", {"sha256": "x"}, None),
     ],
 )
@@ -164,6 +164,23 @@ def test_ngram_token_losses_sum_the_bytes_of_each_token(tmp_path):
         expected = model.nll(documents.text(doc)).sum()
         assert table.nll[table.doc == doc].sum() == pytest.approx(expected, rel=1e-5)
         assert (table.nll[table.n_bytes == 0] == 0).all()
+
+
+def test_ngram_losses_of_another_split_or_training_text_are_not_taken_for_these(oracle, tmp_path):
+    """Equal positions, kept in one folder."""
+    training, _ = markov_documents([900] * 2, vocab_size=12, seed=1)
+    more, _ = markov_documents([900] * 2, vocab_size=12, seed=2)
+    other_text = dataclasses.replace(more, fingerprint="more")
+    other_split = dataclasses.replace(
+        DOCUMENTS, tokens=DOCUMENTS.tokens[::-1], source={"split": "test"}
+    )
+    first = baseline.evaluate(DOCUMENTS, training, oracle, tmp_path)
+    for documents, text in ((DOCUMENTS, other_text), (other_split, training)):
+        kept = baseline.evaluate(documents, text, oracle, tmp_path)
+        fresh = baseline.evaluate(documents, text, oracle)
+        for name, table in fresh.tables.items():
+            assert np.array_equal(kept.tables[name].nll, table.nll)
+            assert not np.array_equal(first.tables[name].nll, table.nll)
 
 
 def test_ngram_on_other_documents_is_refused(oracle):

@@ -7,6 +7,7 @@ import torch
 
 from data.prepare import PrepareConfig, prepare
 from data.shards import Corpus
+from data.tokenizer import BOS_ID, EOS_ID
 from launch import evaluate
 from pretrain.config import RunConfig
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
@@ -130,6 +131,21 @@ def test_another_tokenizer_of_the_same_size_is_refused(run, monkeypatch, capsys)
     monkeypatch.setattr(evaluate, "load_model", trained_with_another)
     assert evaluate.main([f"run={run}", "contexts=16,64"]) == 2
     assert "was trained with (000000000000)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "start_id"), [("lanes", BOS_ID), ("windows", EOS_ID)])
+def test_documents_begin_behind_what_preceded_them_in_training(run, monkeypatch, mode, start_id):
+    load_model = evaluate.load_model
+
+    def trained_in(run_dir, tag):
+        model, config, info = load_model(run_dir, tag)
+        config.data.mode = mode
+        return model, config, info
+
+    monkeypatch.setattr(evaluate, "load_model", trained_in)
+    assert evaluate.main([f"run={run}", "contexts=16", "protocols=stream"]) == 0
+    result = json.loads((run / "eval" / "perplexity" / "result.json").read_text())
+    assert result["model"]["start_id"] == start_id
 
 
 def test_failed_gate_exits_with_3_and_leaves_no_report(run, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,28 @@ def test_other_weights_or_data_are_scored_anew(tmp_path):
     assert one["metrics"] != other["metrics"]
     fresh = run(Recurrent(seed=1), documents, tmp_path / "fresh")
     assert other["metrics"] == fresh["metrics"]
+
+
+def test_another_split_of_the_same_corpus_is_scored_anew(tmp_path):
+    """Splits share a fingerprint, and cut to one length they can ask for equal positions."""
+    options = PerplexityOptions(contexts=(16,), protocols=("stream",), stream_tokens=100)
+    splits = [
+        replace(documents_with([220, 180], seed=seed), source={"split": name})
+        for seed, name in enumerate(("train", "validation"))
+    ]
+    assert splits[0].fingerprint == splits[1].fingerprint
+    results = [run(Recurrent(), split, tmp_path, options) for split in splits]
+    fresh = run(Recurrent(), splits[1], tmp_path / "fresh", options)
+    assert results[0]["metrics"] != results[1]["metrics"]
+    assert results[1]["metrics"] == fresh["metrics"]
+
+
+def test_another_token_before_the_documents_is_scored_anew(tmp_path):
+    documents = documents_with([220, 180])
+    one = run(Recurrent(), documents, tmp_path)
+    other = run(Recurrent(), replace(documents, bos_id=2), tmp_path)
+    assert one["metrics"] != other["metrics"]
+    assert (one["model"]["start_id"], other["model"]["start_id"]) == (1, 2)
 
 
 def test_files_are_complete_and_agree(tmp_path):
