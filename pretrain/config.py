@@ -317,7 +317,7 @@ def problems_of(config: RunConfig) -> list[str]:
             f"profile.steps={config.profile.steps}: write FIRST:LAST, e.g. 10:13 for steps 10, 11 "
             f"and 12; quote it in a YAML file"
         )
-    if not problems:
+    if min(train.seq_len, train.global_batch_tokens, train.micro_batch_size) > 0:
         problems += _batch_problems(config)
     return problems
 

@@ -84,8 +84,13 @@ def test_layers_are_chosen_by_integer_keys_from_file_and_command_line(config_dir
     ("arguments", "fragments"),
     [
         (
-            ["train.global_batch_tokens=500000", "train.seq_len=4096", "train.micro_batch_size=4"],
-            ["4096*4*1 = 16384", "nearest: 491520 or 507904"],
+            [
+                "train.global_batch_tokens=500000",
+                "train.seq_len=4096",
+                "train.micro_batch_size=4",
+                "zero.stage=5",
+            ],
+            ["4096*4*1 = 16384", "nearest: 491520 or 507904", "zero.stage=5"],
         ),
         (["train.carry_state=true", "data.mode=windows"], ["use data.mode=lanes"]),
         (["profile.steps=10"], ["profile.steps=10: write FIRST:LAST"]),
