@@ -1,0 +1,138 @@
+"""Every mixer equals its paper's equations, written down once more without any of its ops.
+
+The contract test compares a mixer with itself (splits, resets, devices), so it cannot see a wrong
+equation. Here is the oracle: fp64, one document, dense masks, complex numbers, token by token.
+
+Shapes: B batch, T time, D width, H heads, K head width, N modes. W is the window and block size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain import mixers
+
+D_MODEL, W, BATCH, LENGTH = 8, 8, 2, 27  # three blocks and a ragged one
+
+# The same sums in another order; gradients pass through more of them.
+SAME_VALUES, SAME_GRADIENTS = 1e-10, 1e-9
+
+
+def rotated(x: Tensor, base: float) -> Tensor:
+    """Half-split rotary positions, x (B, T, H, K): pair j turns by t base^(-2j/K) (2104.09864)."""
+    pairs = torch.complex(*x.chunk(2, -1))
+    frequencies = base ** -(torch.arange(pairs.shape[-1], dtype=x.dtype) / pairs.shape[-1])
+    angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None, None] * frequencies
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """softmax(q k^T) v with visible (T, T)."""
+    scores = torch.einsum("bthk,bshk->bhts", q, k).masked_fill(~visible, -torch.inf)
+    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
+
+
+def heads(x: Tensor, weight: Tensor, parts: int, n_heads: int) -> list[Tensor]:
+    """The projections stacked in `weight` (parts D, D), each (B, T, H, K)."""
+    return [(x @ w.T).unflatten(-1, (n_heads, -1)) for w in weight.chunk(parts)]
+
+
+def causal() -> tuple[Tensor, Tensor, Tensor]:
+    query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+    return query, key, key <= query
+
+
+def attention(mixer: Any, x: Tensor, visible: Tensor | None = None) -> Tensor:
+    q, k, v = heads(x, mixer.qkv_proj.weight, 3, mixer.n_heads)
+    if mixer.qk_scale is None:
+        q = q / q.shape[-1] ** 0.5
+    else:
+        q, k = unit(q) * mixer.qk_scale[:, None], unit(k)
+    q, k = rotated(q, mixer.rotary_base), rotated(k, mixer.rotary_base)
+    y = attend(q, k, v, causal()[2] if visible is None else visible)
+    return y.flatten(2) @ mixer.out_proj.weight.T
+
+
+def swa(mixer: Any, x: Tensor) -> Tensor:
+    query, key, past = causal()
+    return attention(mixer, x, past & (query - key < W))
+
+
+def ssm(p: Any, u: Tensor) -> Tensor:
+    """s = exp(dt A) s + u; y = 2 Re(C (exp(dt A) - 1)/A . s) + D u, as in S4D (2206.11893)."""
+    a = torch.complex(-p.log_A_real.exp(), p.A_imag)
+    z = (p.log_dt.exp()[:, None] * a).exp()
+    c = torch.view_as_complex(p.C) * (z - 1) / a
+    state, outputs = torch.zeros(BATCH, *a.shape, dtype=a.dtype), []
+    for u_t in u.unbind(1):
+        state = z * state + u_t[..., None]
+        outputs.append(2 * (c * state).real.sum(-1) + p.D * u_t)
+    return torch.stack(outputs, 1)
+
+
+def s4d(mixer: Any, x: Tensor) -> Tensor:
+    value, gate = (F.gelu(ssm(mixer.ssm, x)) @ mixer.out_proj.weight.T).chunk(2, -1)
+    return value * gate.sigmoid()
+
+
+def bst(mixer: Any, x: Tensor) -> Tensor:
+    """[S ; Xc] Wo of 2306.09539, appendix, variant SH."""
+    query, key, past = causal()
+    own = past & (query // W == key // W)
+    seen = own
+    if mixer.self_attention == "own_and_previous":
+        seen = past & (query // W - key // W <= 1)
+    q, k, v, q2 = heads(x, mixer.qkv_proj.weight, 4, mixer.n_heads)
+    kc, vc = heads(ssm(mixer.ssm, x), mixer.context_proj.weight, 2, mixer.n_heads)
+    q, k = (rotated(unit(part), mixer.rotary_base) for part in (q, k))
+    inside = attend(q * mixer.qk_scale[:, None], k, v, seen)
+    context = attend(unit(q2) * mixer.context_scale[:, None], unit(kc), vc, own)
+    return torch.cat([inside.flatten(2), context.flatten(2)], -1) @ mixer.out_proj.weight.T
+
+
+DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "attention": attention,
+    "bst": bst,
+    "s4d": s4d,
+    "swa": swa,
+}
+BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3, "rotary_base": 100.0}
+ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("attention", {"n_heads": 2, "rotary_base": 100.0}),
+    ("attention", {"n_heads": 2, "qk_norm": True}),
+    ("bst", BST),
+    ("bst", BST | {"self_attention": "own"}),
+    ("s4d", {"n_modes": 3, "chunk_size": 4}),
+    ("swa", {"n_heads": 2, "window_size": W, "rotary_base": 100.0}),
+    ("swa", {"n_heads": 2, "window_size": W, "qk_norm": True}),
+]
+
+
+def test_every_registered_mixer_has_a_definition() -> None:
+    assert sorted(DEFINITIONS) == mixers.names() == sorted({name for name, _ in ROWS})
+
+
+@pytest.mark.parametrize(("name", "options"), ROWS)
+def test_mixer_equals_its_definition(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    mixer = mixers.build(name, d_model=D_MODEL, **options).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():  # initial values are equal over heads and channels
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64, requires_grad=True)
+    got, want = mixer(x).y, DEFINITIONS[name](mixer, x)
+    torch.testing.assert_close(got, want, rtol=0, atol=SAME_VALUES)
+    weights, leaves = torch.randn_like(want), [x, *mixer.parameters()]
+    for a, b in zip(
+        *(torch.autograd.grad((y * weights).sum(), leaves) for y in (got, want)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=SAME_GRADIENTS * b.abs().max().item())
