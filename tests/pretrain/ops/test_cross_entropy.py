@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_naive
 
@@ -75,3 +76,34 @@ def test_logits_of_all_tokens_never_exist() -> None:
     with Largest() as largest:
         linear_cross_entropy(hidden, weight, targets, mask, chunk_size=5).loss_sum.backward()
     assert largest.numel <= max(5 * VOCABULARY, TOKENS * WIDTH)
+
+
+def test_buffers_of_one_call_are_not_those_of_the_next() -> None:
+    """Two forwards before one backward, in another order, and a second backward of the same."""
+    first, second = problem(torch.float32), problem(torch.float32)
+    second[0].data.mul_(-2)
+    wanted = [
+        torch.autograd.grad(linear_cross_entropy(*p, chunk_size=16).loss_sum, p[:2])
+        for p in (first, second)
+    ]
+    losses = [linear_cross_entropy(*p, chunk_size=16) for p in (first, second)]
+    values = [loss.nll.clone() for loss in losses]
+    for _ in range(2):
+        for p, loss, want in reversed(list(zip((first, second), losses, wanted, strict=True))):
+            got = torch.autograd.grad(loss.loss_sum, p[:2], retain_graph=True)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(loss.nll, nll) for loss, nll in zip(losses, values, strict=True))
+
+
+def test_recomputation_and_inference_change_no_bit() -> None:
+    hidden, weight, targets, mask = problem(torch.float32)
+    plain = linear_cross_entropy(hidden, weight, targets, mask, chunk_size=16)
+    again = checkpoint(
+        linear_cross_entropy, hidden, weight, targets, mask, chunk_size=16, use_reentrant=False
+    )
+    with torch.inference_mode():
+        inferred = linear_cross_entropy(hidden, weight, targets, mask, chunk_size=16)
+    want = [*plain, *torch.autograd.grad(plain.loss_sum, [hidden, weight])]
+    got = [*again, *torch.autograd.grad(again.loss_sum, [hidden, weight])]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(inferred, plain, strict=True))
