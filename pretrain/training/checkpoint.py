@@ -64,6 +64,7 @@ class ResumePlan:
     training: dict[str, Any]
     convert: bool
     notes: list[str]
+    finished: bool  # the run had come to its end
 
 
 def plan_resume(
@@ -132,7 +133,8 @@ def _find_checkpoint(
         reshard=config.resume.reshard,
         model=model,
     )
-    return ResumePlan(path, training, convert, passed_over)
+    finished = (config.run_dir / "DONE").exists()
+    return ResumePlan(path, training, convert, passed_over, finished)
 
 
 def _check_model(path: Path, saved: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
@@ -184,7 +186,10 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def load_carried(folder: Path, model: nn.Module, config: RunConfig, world: World) -> list[Any]:
-    """This rank's carried states, one per micro-batch slot, whatever ranks wrote them."""
+    """This rank's carried states, one per micro-batch slot, whatever ranks wrote them.
+
+    Each is None when the step before the checkpoint was skipped.
+    """
     per_rank = config.global_batch_size // world.size
     first = world.rank * per_rank
     pieces: list[tuple[int, list[Tensor]]] = []
@@ -196,6 +201,8 @@ def load_carried(folder: Path, model: nn.Module, config: RunConfig, world: World
             pieces.append((start, [tensor[lanes] for tensor in tensors]))
     flat = [torch.cat(column) for column in zip(*(part for _, part in pieces), strict=True)]
     size = config.train.micro_batch_size
+    if not flat:
+        return [None] * (per_rank // size)
     # The structure comes from the model; the files hold its tensors in the same order.
     skeleton = model.init_state(1, device=torch.device("cpu"), dtype=torch.float32)  # type: ignore[operator]
     slots = []
@@ -236,7 +243,8 @@ class CheckpointSaver:
             step: optimizer steps taken.
             tokens: tokens seen.
             data: the loader's position, `StepLoader.state(step)`.
-            carried: states of this rank's micro-batch slots; None without `carry_state`.
+            carried: states of this rank's micro-batch slots, each None when the next segment
+                begins without one; None without `carry_state`.
 
         Raises:
             CheckpointError: on every rank when any rank failed. Earlier checkpoints are untouched.
@@ -295,8 +303,9 @@ class CheckpointSaver:
         if carried is not None:
             tensors: list[Tensor] = []
             map_state(tensors.append, cat_states(carried))
-            first = self.world.rank * (self.config.global_batch_size // self.world.size)
-            name = f"carried_{first:05d}_{first + len(tensors[0]):05d}.pt"
+            per_rank = self.config.global_batch_size // self.world.size
+            first = self.world.rank * per_rank
+            name = f"carried_{first:05d}_{first + per_rank:05d}.pt"
             _save_tensors(tensors, folder / name)
         if self.world.is_main:
             _save_tensors(persistent_buffers(engine.module), folder / "buffers.pt")
@@ -324,17 +333,16 @@ class CheckpointSaver:
         first = next((text for text in failures if text), None)
         if first is None:
             return
-        if self.world.is_main:
-            shutil.rmtree(self.root / f"{manifest.TEMPORARY}{final.name}", ignore_errors=True)
-        safe = manifest.newest_complete(self.root)[0] if self.world.is_main else None
-        raise CheckpointError(
-            f"cannot save {final}: {first}. "
-            + (
-                f"The last complete checkpoint, {safe.name}, is unharmed"
-                if safe
-                else "None is left"
-            )
-            + "; free space or fix the folder, then start the same command again"
+        # A rank that left while rank 0 still reads would have the launcher kill it, unheard.
+        raise CheckpointError(_on_main(self.world, lambda: self._what_is_left(final, first)))
+
+    def _what_is_left(self, final: Path, failure: str) -> str:
+        shutil.rmtree(self.root / f"{manifest.TEMPORARY}{final.name}", ignore_errors=True)
+        safe, _ = manifest.newest_complete(self.root)
+        left = f"The last complete checkpoint, {safe.name}, is unharmed" if safe else "None is left"
+        return (
+            f"cannot save {final}: {failure}. {left}; free space or fix the folder, then start the "
+            f"same command again"
         )
 
 

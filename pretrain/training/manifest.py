@@ -80,14 +80,8 @@ def content_files(folder: Path) -> list[str]:
     return sorted(name for name in files if name != MANIFEST)
 
 
-def problem_of(folder: Path, *, names: Iterable[str] | None = None) -> str | None:
-    """Why `folder` is not a complete checkpoint, or None when it is.
-
-    Args:
-        folder: a checkpoint.
-        names: whose contents to hash (ranks share the work); all files by default. Sizes of all
-            files are always compared.
-    """
+def problem_of(folder: Path) -> str | None:
+    """Why `folder` is not a complete checkpoint, or None when it is; reads and hashes all of it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -99,7 +93,7 @@ def problem_of(folder: Path, *, names: Iterable[str] | None = None) -> str | Non
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
-    for name, actual in file_entries(folder, files if names is None else names).items():
+    for name, actual in file_entries(folder, files).items():
         if actual != files[name]:
             return f"{name} is damaged: its sha256 differs from the manifest's"
     return None
@@ -193,7 +187,7 @@ def check_room(root: Path, needed_bytes: int) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a rank on another node may have the same process id
     except OSError as error:
         raise ValueError(
             f"out_dir: cannot write to {root} ({error.strerror}); choose another out_dir= or fix "

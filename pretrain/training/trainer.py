@@ -82,6 +82,7 @@ class Trainer:
         if plan is not None:
             self.carried = restore(self.engine, plan, config, world) or self.carried
         self.saved_step = self.step if plan else -1
+        self.finished = bool(plan and plan.finished and self.step >= config.total_steps)
         self.skipped_in_a_row = 0
         self.stop_requested = False
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -119,6 +120,10 @@ class Trainer:
 
     def _loop(self) -> bool:
         config, every = self.config, self.config.logging.every_steps
+        if self.finished:
+            if self.log is not None:
+                self.log.say("it had finished before; raise train.total_tokens to train further")
+            return True
         batches = self.loader.steps(self.step)
         self.stopwatch.read()
         while self.step < config.total_steps:
@@ -134,7 +139,7 @@ class Trainer:
             self.step += 1
             self.profiler.after_step(self.step)
             last = self.step == config.total_steps
-            if self.step % every == 0 or last:
+            if self.step % every == 0 or last or stop:
                 self._report(grad_norm)
             if self._due(config.eval.every_tokens) and not last:
                 self._evaluate()
@@ -194,6 +199,8 @@ class Trainer:
             for name in sorted(statistics):
                 dist.all_reduce(statistics[name])
             engine.module.update_buffers(statistics)
+        if not applied:  # the states may hold the NaN as well: every lane begins anew
+            self.carried = [None] * self.grad_accum_steps
         self._count_skips(applied)
         return grad_norm, bool(counts[1])  # take_step has waited for the device anyway
 
@@ -217,7 +224,7 @@ class Trainer:
         safe = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
         raise TrainingError(
             f"gradients were not finite in {limit} steps in a row, up to step {self.step + 1}; all "
-            f"were skipped and nothing was saved since (last checkpoint: {safe}). Lower "
+            f"were skipped, no weight holds a NaN (last checkpoint: {safe}). Lower "
             f"optim.learning_rate, lengthen schedule.warmup_fraction, or look at the data there"
         )
 
@@ -266,10 +273,6 @@ class Trainer:
             self.log.say(f"step {self.step:>6}  {listed}")
 
     def _save(self) -> None:
-        if self.skipped_in_a_row:  # the carried state may hold the NaN; the last good one stays
-            if self.log is not None:
-                self.log.say(f"step {self.step}: not saved, its gradients were not finite")
-            return
         path = self.saver.save(
             self.engine,
             step=self.step,

@@ -92,10 +92,16 @@ def _specification(folder: Path, runs: list[Run]) -> Path:
     return path
 
 
-def trajectory(run: Run) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step."""
+def rows_of(run: Run, key: str) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl that hold `key`."""
     path = Path(run.out_dir) / run.name / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if key in row]
+
+
+def trajectory(run: Run) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step."""
+    rows = rows_of(run, "loss")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [(row["loss"], row["grad_norm"]) for row in rows]
 

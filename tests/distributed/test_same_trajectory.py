@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import finish, largest_difference, start_runs, trajectory
+from tests.distributed.launching import (
+    finish,
+    largest_difference,
+    rows_of,
+    start_runs,
+    trajectory,
+)
 from tests.distributed.tiny_run import Run
 
 pytestmark = pytest.mark.distributed
@@ -15,6 +21,7 @@ FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 2e-2
 
 STAGES, ACCUMULATION, WORLDS = (0, 1, 2, 3), (1, 4), (1, 2)
+EVALUATED_STAGES = (1, 3)
 
 
 def run_of(folder: Path, world: int, precision: str, stage: int, grad_accum: int) -> Run:
@@ -27,6 +34,11 @@ def run_of(folder: Path, world: int, precision: str, stage: int, grad_accum: int
     )
 
 
+def evaluated(folder: Path, world: int, stage: int) -> Run:
+    out_dir = str(folder / f"world{world}")
+    return Run(f"evaluated{stage}", out_dir, stage, grad_accum=4, evaluate_every=3)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole matrix in one launch per world size, both at the same time."""
@@ -36,6 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs = [run_of(folder, world, "fp32", s, a) for s in STAGES for a in ACCUMULATION]
         runs += [run_of(folder, world, "bf16", s, 1) for s in STAGES]
         runs.append(Run("offload", str(folder / f"world{world}"), stage=2, offload=True))
+        runs += [evaluated(folder, world, stage) for stage in EVALUATED_STAGES]
         launches.append(start_runs(folder, runs, processes=world))
     for launch in launches:
         code, output = finish(launch)
@@ -59,6 +72,19 @@ def test_offloaded_optimizer_gives_the_same_trajectory(trained: Path) -> None:
     for world in WORLDS:
         ours = trajectory(Run("offload", str(trained / f"world{world}")))
         assert largest_difference(ours, reference) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("stage", EVALUATED_STAGES)
+def test_evaluation_during_training_changes_no_bit_of_it(trained: Path, stage: int) -> None:
+    found = []
+    for world in WORLDS:
+        run = evaluated(trained, world, stage)
+        assert trajectory(run) == trajectory(run_of(trained, world, "fp32", stage, 4))
+        rows = rows_of(run, "validation/loss")
+        assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18, 20]
+        found.append([row["validation/loss"] for row in rows])
+    # Three documents on two ranks: one of the forwards is a dummy, and counts for nothing.
+    assert found[1] == pytest.approx(found[0], rel=FP32_TOLERANCE)
 
 
 def test_bf16_autocast_sums_gradients_in_fp32_at_every_stage(trained: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pretrain.batch import Batch
 
 VOCAB_SIZE = 32
-POISON = VOCAB_SIZE - 1  # a target that makes the loss NaN
+POISON = VOCAB_SIZE - 1  # makes the loss NaN as a target, and the state as an input
 WIDTH = 8
 SEQ_LEN = 8
 RESET_GRID = 4
@@ -129,6 +129,8 @@ class TinyLM(nn.Module):
         if state is None:
             state = self.init_state(len(tokens), device=tokens.device, dtype=torch.float32)
         h, state = self.recurrence(self.embedding(tokens), state, resets)
+        poison = (tokens == POISON).any(1, keepdim=True)
+        state = state._replace(hidden=torch.where(poison, torch.nan, state.hidden))
         h, aux = self.codes(h)
         h = self.norm(h)
         named = {f"0.{name}": value for name, value in aux.items()}
@@ -158,11 +160,11 @@ class TinyLoader:
         micro_batch_size: int,
         *,
         seed: int = 0,
-        poison_from: int | None = None,
+        poison: range = range(0),
     ) -> None:
         per_rank = LANES // world_size
         self.lanes = range(rank * per_rank, (rank + 1) * per_rank)
-        self.micro_batch_size, self.seed, self.poison_from = micro_batch_size, seed, poison_from
+        self.micro_batch_size, self.seed, self.poison = micro_batch_size, seed, poison
 
     def steps(self, start_step: int) -> Iterator[list[Batch]]:
         step = start_step
@@ -182,9 +184,8 @@ class TinyLoader:
         tokens = torch.randint(0, POISON, (SEQ_LEN + 1,), generator=generator)
         valid = int(torch.randint(0, SEQ_LEN + 1, (), generator=generator))
         mask = torch.arange(SEQ_LEN) < valid
-        if self.poison_from is not None and step >= self.poison_from and lane == LANES - 1:
+        if step in self.poison and lane == LANES - 1:
             tokens[1:], mask = POISON, torch.ones(SEQ_LEN, dtype=torch.bool)
-            tokens[1:] = POISON
         resets = torch.rand(SEQ_LEN // RESET_GRID, generator=generator) < 0.2
         return tokens, mask, resets, torch.zeros(SEQ_LEN + 1, dtype=torch.int64)
 

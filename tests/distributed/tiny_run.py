@@ -27,6 +27,7 @@ from pretrain.training.engine import World, leave, start_process_group
 from pretrain.training.manifest import CheckpointError
 from pretrain.training.metrics import CorpusFacts
 from pretrain.training.trainer import Trainer, TrainingError
+from pretrain.training.validation import Validation
 from tests.distributed.tiny_lm import LANES, SEQ_LEN, TinyLM, TinyLoader
 
 EXIT_PREEMPTED = 75
@@ -55,7 +56,8 @@ class Run:
     offload: bool = False
     signals: dict[str, int] = field(default_factory=dict)  # signal name -> step it arrives before
     fault_rank: int = 0
-    poison_from: int | None = None
+    poison: tuple[int, int] = (0, 0)  # steps [first, last) have a NaN in one lane
+    evaluate_every: int = 0  # steps; 0: no evaluation at all
     abandon_at: int | None = None  # the process forgets the run before this step, saving nothing
     kill_before: tuple[str, str] | None = None  # (audit event, path below checkpoints/)
     file_size_limit: int | None = None  # bytes, on `fault_rank`, as a full disk would be
@@ -81,6 +83,7 @@ def config_of(run: Run, world_size: int) -> RunConfig:
     config.checkpoint.keep_last = run.keep_last
     config.resume.mode = run.resume
     config.resume.reshard = run.reshard
+    config.eval.every_tokens = run.evaluate_every * LANES * SEQ_LEN
     config.logging.every_steps = 1
     config.logging.tensorboard = False
     return config
@@ -95,7 +98,7 @@ class FaultyLoader(TinyLoader):
 
     def __init__(self, run: Run, world: World, micro_batch_size: int) -> None:
         super().__init__(
-            world.rank, world.size, micro_batch_size, seed=run.seed, poison_from=run.poison_from
+            world.rank, world.size, micro_batch_size, seed=run.seed, poison=range(*run.poison)
         )
         self.signals = run.signals if world.rank == run.fault_rank else {}
         self.abandon_at = run.abandon_at
@@ -126,7 +129,9 @@ def build_trainer(run: Run, world: World) -> Trainer:
     loader = FaultyLoader(run, world, config.train.micro_batch_size)
     model = TinyLM(seed=7, extra_row=run.other_model)
     facts = CorpusFacts(bytes_per_token=1.0, tokenizer=run.tokenizer)
-    return Trainer(config, model, loader, world, facts)
+    documents = [torch.arange(3 * SEQ_LEN + 1) % (5 + number) for number in range(3)]
+    evaluate = Validation(documents, SEQ_LEN, 1.0, world) if run.evaluate_every else None
+    return Trainer(config, model, loader, world, facts, evaluate=evaluate)
 
 
 def train(run: Run, world: World) -> int:

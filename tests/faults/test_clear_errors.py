@@ -4,7 +4,9 @@ Each fault is a run of its own in a shared process group: that the next run stil
 that no rank was left waiting.
 """
 
+import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,18 @@ import pytest
 
 from pretrain.training.load import load_weights
 from pretrain.training.manifest import newest_complete
-from tests.distributed.launching import checkpoints, train, trajectory
+from tests.distributed.launching import (
+    checkpoints,
+    largest_difference,
+    rows_of,
+    train,
+    trajectory,
+)
 from tests.distributed.tiny_run import EXIT_PREEMPTED, Run
 
 pytestmark = pytest.mark.distributed
+
+FP32_TOLERANCE = 1e-5  # sums in another order
 
 
 def short_run(folder: Path, name: str, stage: int = 1) -> Run:
@@ -48,12 +58,28 @@ def refused(folder: Path) -> dict[str, tuple[Run, str]]:
 
 REFUSED = tuple(refused(Path()))
 NAN_STAGES = (0, 1, 3)
+SURVIVED_STAGES = (0, 1, 2, 3)
 FULL_DISK_STAGES = (1, 3)
 
 
 def poisoned(folder: Path, stage: int) -> Run:
     """A NaN in the loss of one rank from step 7 on, with checkpoints after 4 and 8."""
-    return replace(short_run(folder, f"nan{stage}", stage), steps=20, poison_from=6)
+    return replace(short_run(folder, f"nan{stage}", stage), steps=20, poison=(6, 20))
+
+
+def survived(folder: Path, stage: int) -> Run:
+    """One step with a NaN, in the loss and in what would be carried on, under accumulation."""
+    run = short_run(folder, f"survived{stage}", stage)
+    return replace(run, grad_accum=2, poison=(5, 6), offload=stage == 2)
+
+
+def ended_by_nan(folder: Path) -> Run:
+    """Its last step is skipped."""
+    return replace(short_run(folder, "ended"), save_every=0, grad_accum=2, poison=(7, 8))
+
+
+def trained_further(run: Run) -> Run:
+    return replace(run, steps=12, poison=(0, 0), signals={}, resume="must", learning_rate=2e-2)
 
 
 def disk_full(folder: Path, stage: int) -> Run:
@@ -82,6 +108,10 @@ def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
             f"room{s}": replace(disk_full(folder, s), steps=4, file_size_limit=None) for s in (1, 3)
         },
         **{f"full{stage}": disk_full(folder, stage) for stage in FULL_DISK_STAGES},
+        **{f"survived{stage}": survived(folder, stage) for stage in SURVIVED_STAGES},
+        "ended": ended_by_nan(folder),
+        "ended, again": replace(ended_by_nan(folder), evaluate_every=4),
+        "ended, further": trained_further(ended_by_nan(folder)),
         "stopped": told_to_stop(folder),
     }
     results = train(folder, list(runs.values()), processes=2, code=EXIT_PREEMPTED)
@@ -106,14 +136,42 @@ def test_not_finite_loss_skips_then_stops_and_keeps_the_last_good_checkpoint(
     assert outcomes[f"nan{stage}"]["code"] == 1
     message = outcomes[f"nan{stage}"]["message"]
     assert "gradients were not finite in 3 steps in a row, up to step 9" in message
-    assert "last checkpoint: step 4" in message  # 8 was due while steps were being skipped
+    assert "last checkpoint: step 8" in message  # made while steps were being skipped
     newest, _ = newest_complete(checkpoints(poisoned(folder, stage)))
     assert newest is not None
-    assert newest.name == "step_00000004"
+    assert newest.name == "step_00000008"
     assert all(w.isfinite().all() for w in load_weights(newest).values())
     rows = trajectory(poisoned(folder, stage))
     assert all(math.isfinite(loss) for loss, _ in rows[:6])
     assert all(not math.isfinite(norm) for _, norm in rows[6:])
+
+
+@pytest.mark.parametrize("stage", SURVIVED_STAGES)
+def test_one_step_that_is_not_finite_leaves_no_nan_in_the_carried_state(
+    stage: int, folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    assert outcomes[f"survived{stage}"] == {"code": 0, "message": ""}
+    rows = trajectory(survived(folder, stage))
+    assert [number for number, row in enumerate(rows) if not all(map(math.isfinite, row))] == [5]
+    assert largest_difference(rows[6:], trajectory(survived(folder, 0))[6:]) < FP32_TOLERANCE
+
+
+def test_finished_run_is_saved_though_its_last_step_was_skipped_and_can_train_further(
+    folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    run = ended_by_nan(folder)
+    log = (checkpoints(run).parent / "train.log").read_text()
+    assert outcomes["ended"]["code"] == outcomes["ended, further"]["code"] == 0
+    assert log.count("resumed from") == 2
+    assert re.search(r"resumed from \S+/step_00000008\nit had finished before", log)
+    assert not rows_of(run, "validation/loss")  # and was not evaluated once more
+    done = json.loads((checkpoints(run).parent / "DONE").read_text())
+    assert done["step"] == 12
+    rows = rows_of(run, "lr/decay")
+    finite = [row["step"] for row in rows if math.isfinite(row["loss"])]
+    assert finite == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+    # wsd at 7/8 and at the end of 1e-2; then at 9/12 of 2e-2, still before its decay.
+    assert [row["lr/decay"] for row in rows[6:9]] == pytest.approx([6.625e-3, 1e-3, 2e-2])
 
 
 @pytest.mark.parametrize("stage", FULL_DISK_STAGES)
