@@ -30,12 +30,11 @@ class DataConfig:
 
     path: str = ""  # folder written by launch/prepare.py
     mode: str = "lanes"  # lanes: documents stay contiguous in their lane | windows: shuffled
-    boundary: str = (
-        "pad_block"  # lanes: pad_block | windows: packed (neighbours may see each other)
-    )
+    # lanes: pad_block | windows: packed (neighbours may see each other)
+    boundary: str = "pad_block"
     train_split: str = "train"
     val_split: str = "validation"
-    prefetch_steps: int = 2
+    prefetch_steps: int = 2  # read ahead by a thread; 0: none
 
 
 @dataclass
@@ -221,7 +220,9 @@ def load_config(arguments: list[str], *, config_dir: Path = CONFIG_DIR) -> RunCo
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary = path.with_name(f"tmp.{path.name}")  # a kill leaves the old file or the new one
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def load_saved_config(path: Path) -> RunConfig:
@@ -274,15 +275,16 @@ def problems_of(config: RunConfig) -> list[str]:
         "train.global_batch_tokens": train.global_batch_tokens,
         "train.micro_batch_size": train.micro_batch_size,
         "train.total_tokens": train.total_tokens,
+        "eval.tokens_per_document": config.eval.tokens_per_document,
         "train.max_consecutive_skips": train.max_consecutive_skips,
         "train.process_group_timeout_minutes": train.process_group_timeout_minutes,
         "optim.learning_rate": config.optim.learning_rate,
         "optim.ssm_learning_rate": config.optim.ssm_learning_rate,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "logging.every_steps": config.logging.every_steps,
-        "data.prefetch_steps": config.data.prefetch_steps,
+        "optim.eps": config.optim.eps,
     }
-    problems += [f"{k}={v}: must be greater than 0" for k, v in positive.items() if v <= 0]
+    problems += [f"{k}={v}: must be greater than 0" for k, v in positive.items() if not v > 0]
     not_negative = {
         "world_size": config.world_size,
         "optim.weight_decay": config.optim.weight_decay,
@@ -290,16 +292,26 @@ def problems_of(config: RunConfig) -> list[str]:
         "checkpoint.every_tokens": config.checkpoint.every_tokens,
         "checkpoint.keep_every_tokens": config.checkpoint.keep_every_tokens,
         "eval.every_tokens": config.eval.every_tokens,
+        "eval.documents": config.eval.documents,
+        "data.prefetch_steps": config.data.prefetch_steps,
     }
-    problems += [f"{k}={v}: must not be negative" for k, v in not_negative.items() if v < 0]
+    problems += [f"{k}={v}: must not be negative" for k, v in not_negative.items() if not v >= 0]
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        problems.append(f"optim.betas={list(config.optim.betas)}: must lie between 0 and 1")
     for key in ("warmup_fraction", "decay_fraction", "final_ratio"):
         value = getattr(config.schedule, key)
         if not 0 <= value <= 1:
             problems.append(f"schedule.{key}={value}: must lie between 0 and 1")
-    if config.schedule.warmup_fraction + config.schedule.decay_fraction > 1:
+    fractions = config.schedule.warmup_fraction + config.schedule.decay_fraction
+    if config.schedule.type == "wsd" and fractions > 1:
         problems.append(
-            f"schedule.warmup_fraction + decay_fraction = "
-            f"{config.schedule.warmup_fraction + config.schedule.decay_fraction}: more than the run"
+            f"schedule.warmup_fraction + decay_fraction = {fractions:g}: more than the run; "
+            f"lower one of them"
+        )
+    if config.zero.offload_optimizer and config.zero.stage == 0:
+        problems.append(
+            "zero.offload_optimizer=true with zero.stage=0: every rank keeps a whole optimizer "
+            "there; use zero.stage=1, 2 or 3"
         )
     if train.carry_state and config.data.mode == "windows":
         problems.append(
@@ -312,10 +324,11 @@ def problems_of(config: RunConfig) -> list[str]:
             f"data.boundary={config.data.boundary} with data.mode={config.data.mode}: "
             f"use data.boundary={fitting}"
         )
-    if not re.fullmatch(r"(\d+:\d+)?", config.profile.steps):
+    steps = re.fullmatch(r"(\d+):(\d+)", config.profile.steps)
+    if config.profile.steps and not (steps and 0 < int(steps[1]) < int(steps[2])):
         problems.append(
             f"profile.steps={config.profile.steps}: write FIRST:LAST, e.g. 10:13 for steps 10, 11 "
-            f"and 12; quote it in a YAML file"
+            f"and 12 of the console; the first is 1; quote it in a YAML file"
         )
     if min(train.seq_len, train.global_batch_tokens, train.micro_batch_size) > 0:
         problems += _batch_problems(config)
@@ -362,7 +375,11 @@ def _split_arguments(
         elif re.fullmatch(r"\d+(:\d+)+", text):
             overrides[key] = text  # YAML 1.1 reads 10:13 as a number to base 60
         else:
-            parsed = OmegaConf.from_dotlist([f"value={text}"]).value
+            try:
+                parsed = OmegaConf.from_dotlist([f"value={text}"]).value
+            except Exception:  # a YAML syntax error, whatever the parser calls it
+                problems.append(f"{argument}: the value is not valid YAML; is a bracket missing?")
+                continue
             overrides[key] = OmegaConf.to_object(parsed) if OmegaConf.is_config(parsed) else parsed
     return picks, overrides
 
@@ -401,8 +418,8 @@ def _set(schema: DictConfig, key: str, value: Any, origin: str, problems: list[s
         hint = f"did you mean '{close[0]}'?" if close else "see pretrain/config.py for the keys"
         problems.append(f"{key}={value} (from {origin}): unknown key; {hint}")
         return
-    if key.endswith("_tokens") and isinstance(value, str):
-        parsed = _parse_tokens(value)
+    if key.endswith("_tokens") and isinstance(value, str | float):  # YAML reads 1e9 as a float
+        parsed = _parse_tokens(str(value))
         if parsed is None:
             problems.append(f"{key}={value} (from {origin}): write 4096, 64K, 1.5M, 10B or 1T")
             return
@@ -418,10 +435,11 @@ def _set(schema: DictConfig, key: str, value: Any, origin: str, problems: list[s
 
 
 def _parse_tokens(text: str) -> int | None:
-    number, unit = (text[:-1], TOKEN_UNITS.get(text[-1:].upper())) if text else ("", None)
+    unit = TOKEN_UNITS.get(text[-1:].upper(), 1)
     try:
-        return round(float(number) * unit) if unit else int(float(text))
-    except ValueError:
+        tokens = float(text[:-1] if unit > 1 else text) * unit
+        return round(tokens) if unit > 1 or tokens.is_integer() else None
+    except (ValueError, OverflowError):  # no number, or infinity
         return None
 
 

@@ -99,6 +99,16 @@ def test_layers_are_chosen_by_integer_keys_from_file_and_command_line(config_dir
         (["world_size=4"], ["1 process(es) were started"]),
         (["train.total_tokens=0"], ["greater than 0"]),
         (["train.total_tokens=ten"], ["write 4096, 64K"]),
+        (["train.total_tokens=inf"], ["write 4096, 64K"]),
+        (["train.total_tokens=1.5"], ["write 4096, 64K"]),
+        (["optim.learning_rate=.nan"], ["greater than 0"]),
+        (["optim.betas=[0.9,1.5]"], ["[0.9, 1.5]: must lie between 0 and 1"]),
+        (["eval.documents=-1"], ["must not be negative"]),
+        (["schedule.warmup_fraction=0.9"], ["decay_fraction = 1.1: more than the run"]),
+        (["zero.offload_optimizer=true", "zero.stage=0"], ["use zero.stage=1, 2 or 3"]),
+        (["profile.steps=13:10"], ["profile.steps=13:10: write FIRST:LAST"]),
+        (["profile.steps=0:3"], ["the first is 1"]),
+        (["model.layers.pattern=[swa,bst"], ["not valid YAML; is a bracket missing?"]),
     ],
 )
 def test_inconsistent_values_name_key_value_reason_and_fix(
@@ -109,6 +119,19 @@ def test_inconsistent_values_name_key_value_reason_and_fix(
     assert arguments[0].split("=")[0] in str(caught.value)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["schedule.type=cosine", "schedule.warmup_fraction=0.9"], ["data.prefetch_steps=0"]],
+)
+def test_values_that_fit_are_not_refused(arguments: list[str]) -> None:
+    load_config(arguments)
+
+
+@pytest.mark.parametrize("text", ["2000000", "2M", "2m", "0.002B", "2e6", "2_000_000"])
+def test_tokens_are_written_in_many_ways(text: str) -> None:
+    assert load_config([f"train.total_tokens={text}"]).train.total_tokens == 2_000_000
 
 
 def test_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:
