@@ -18,7 +18,15 @@ import torch
 
 from pretrain.training.manifest import replace_text
 
-PEAK_BF16_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
+# Dense bf16 FLOP/s by part of the device's name, from NVIDIA's data sheets; the first match counts.
+PEAK_BF16_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200 NVL": 835e12,
+    "H200": 989.4e12,
+    "A100": 312e12,
+}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 
 from pretrain.config import RunConfig, differences
 from pretrain.models import LanguageModel
+from pretrain.training.metrics import PEAK_BF16_FLOPS
 
 FLOP_CONVENTION = "train FLOPs = 3 x forward; attention counts visible keys only; no recomputation"
-H100_BF16_FLOPS = 989.4e12
 PLANNED_MFU = 0.4
 
 
@@ -30,14 +30,6 @@ class Plan:
     total_steps: int
     memory_bytes: dict[str, float]
     h100_hours: float
-
-    @property
-    def total_parameters(self) -> int:
-        return sum(self.parameters.values())
-
-    @property
-    def total_train_flops_per_token(self) -> float:
-        return sum(self.train_flops_per_token.values())
 
 
 def make_plan(config: RunConfig, world_size: int) -> Plan:
@@ -59,7 +51,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         grad_accum_steps=config.grad_accum_steps(world_size),
         total_steps=config.total_steps,
         memory_bytes=_memory(config, sum(parameters.values()), world_size),
-        h100_hours=total_flops / (PLANNED_MFU * H100_BF16_FLOPS * world_size) / 3600,
+        h100_hours=total_flops / (PLANNED_MFU * PEAK_BF16_FLOPS["H100"] * world_size) / 3600,
     )
 
 
@@ -113,7 +105,8 @@ def describe(config: RunConfig, plan: Plan) -> str:
         *(f"  {name:<28}{_gib(size):>16}" for name, size in plan.memory_bytes.items()),
         f"  {'total':<28}{_gib(math.fsum(plan.memory_bytes.values())):>16}",
         "",
-        f"expected  {plan.h100_hours:.2f} h on {plan.world_size} H100 at {PLANNED_MFU:.0%} MFU",
+        f"expected  {plan.h100_hours:.2f} h on {plan.world_size} H100 at {PLANNED_MFU:.0%} MFU "
+        f"(these FLOPs over the dense bf16 peak)",
     ]
     return "\n".join(lines)
 

@@ -8,7 +8,10 @@ from pretrain.training.engine import World
 
 
 class StepProfiler:
-    """Records steps [first, last) of `profile.steps` to RUN/profile/rank_*.json (Chrome format)."""
+    """Records steps [first, last) of `profile.steps` to RUN/profile/rank_*.json (Chrome format).
+
+    Steps count from 1, as on the console: step 10 is recorded when 9 have been taken.
+    """
 
     def __init__(self, config: RunConfig, world: World, step: int) -> None:
         steps = config.profile.steps
@@ -19,13 +22,13 @@ class StepProfiler:
 
     def after_step(self, step: int) -> None:
         """Starts or ends the recording when `step` optimizer steps have been taken."""
-        if step == self.first:
+        if step + 1 == self.first:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             self.active = profile(activities=activities, record_shapes=True)
             self.active.__enter__()
-        elif step == self.last:
+        elif step + 1 == self.last:
             self.close()
 
     def close(self) -> None:

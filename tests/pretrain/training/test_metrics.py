@@ -14,6 +14,7 @@ from pretrain.training.metrics import (
     console_line,
     drop_rows_after,
     duration,
+    peak_flops,
     short,
     speed,
 )
@@ -68,6 +69,22 @@ def test_mfu_counts_flops_per_rank_against_the_peak_of_a_known_device(
     assert values["tokens_per_second_per_rank"] == 125_000
     assert values["tflops_per_rank"] == pytest.approx(250)
     assert values["mfu"] == pytest.approx(250 / 989.4)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_belongs_to_the_very_device(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_console_line_names_everything_and_prints_mfu_only_where_the_peak_is_known() -> None:
