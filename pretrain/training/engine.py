@@ -117,7 +117,7 @@ def deepspeed_config(
         universal: load the next checkpoint in the universal format.
 
     Raises:
-        ValueError: when `zero.extra` holds a key that DeepSpeed would silently ignore.
+        ValueError: when `zero.extra` holds the stage, or a key that DeepSpeed would silently ignore.
     """
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload_optimizer:
@@ -151,6 +151,11 @@ def deepspeed_config(
             close = difflib.get_close_matches(str(key), PASSED_ON, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(PASSED_ON)}"
             raise ValueError(f"zero.extra.{key}: DeepSpeed would ignore it in silence; {hint}")
+    if "stage" in config.zero.extra.get("zero_optimization", {}):
+        raise ValueError(
+            "zero.extra.zero_optimization.stage: the stage has a key of its own, which checkpoints "
+            "record; use zero.stage"
+        )
     return _merge(generated, config.zero.extra)
 
 

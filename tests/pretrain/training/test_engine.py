@@ -42,6 +42,11 @@ def test_key_that_deepspeed_would_ignore_is_an_error_with_the_closest_match() ->
         deepspeed_config(config_with(extra={"zero_optimisation": {}}), world_size=1)
 
 
+def test_stage_is_set_in_one_place() -> None:
+    with pytest.raises(ValueError, match=r"zero_optimization\.stage: .*use zero\.stage"):
+        deepspeed_config(config_with(extra={"zero_optimization": {"stage": 2}}), world_size=1)
+
+
 def test_bf16_keeps_parameters_and_gradient_sums_in_fp32() -> None:
     generated = deepspeed_config(RunConfig(), world_size=1)
     assert "bf16" not in generated  # it would cast every parameter
