@@ -57,6 +57,37 @@ def test_cutting_at_newlines_does_not_change_ids(
     np.testing.assert_array_equal(trained.encode(text), whole)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"add_dummy_prefix": True, "user_defined_symbols": ["\n"]},  # a space before the text
+        {"add_dummy_prefix": False, "user_defined_symbols": ["\n", ".\nsea", "\n\n"]},
+    ],
+)
+def test_a_given_model_that_sees_a_cut_gets_the_text_whole(settings: dict) -> None:
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    text = "the sea.\nsea of seas\n\nthe \n" * 700
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(text[:3000].split("\n")),
+        model_writer=model,
+        vocab_size=275,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        minloglevel=2,
+        **settings,
+    )
+    given = SentencePieceTokenizer(model.getvalue())
+    assert len(text) > 2 * CHUNK_CHARS
+    whole = given._to_ours[given._processor.EncodeAsIds(text)]
+    np.testing.assert_array_equal(given.encode(text), whole)
+
+
 def test_token_bytes_join_to_the_text(trained: SentencePieceTokenizer, texts: list[str]) -> None:
     for tokenizer in (trained, BytesTokenizer(n_sentinels=3)):
         table = tokenizer.token_bytes()
