@@ -330,7 +330,16 @@ def _write_shards(
         desc="tokenising",
         mininterval=0.5,
     ) as bar:
-        write_units(todo, config.text_field, tokenizer, config.workers, bar.update)
+        tokens = 0
+
+        def report(n_bytes: int, n_tokens: int) -> None:
+            nonlocal tokens
+            tokens += n_tokens
+            speed = tqdm.format_sizeof(tokens / max(bar.format_dict["elapsed"], 1e-3))
+            bar.set_postfix_str(f"{speed} tokens/s", refresh=False)
+            bar.update(n_bytes)
+
+        write_units(todo, config.text_field, tokenizer, config.workers, report)
 
 
 def _shard_name(i: int) -> str:

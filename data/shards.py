@@ -34,7 +34,7 @@ BLOCK_BYTES = 4 * 2**20
 INDEX_MAGIC = b"LSPANIDX"
 # magic, version, bytes per token, documents, tokens, crc32 of what follows the header, padding
 INDEX_HEADER = struct.Struct("<8sIIQQI28x")
-MAX_DOCUMENT_BYTES = 2**32 - 1
+MAX_DOCUMENT_BYTES = 2**32 - 1  # The index keeps raw_bytes and words as uint32.
 
 
 class ShardDocuments(NamedTuple):
@@ -166,7 +166,7 @@ class Shard:
                     f"copy it again, or delete {folder / MANIFEST} and run the same prepare command"
                 )
         index = _map(folder / f"{self.name}.idx")
-        magic, version, itemsize, n, n_tokens, self._crc32 = INDEX_HEADER.unpack_from(index)
+        magic, version, itemsize, n, n_tokens, _ = INDEX_HEADER.unpack_from(index)
         found = (magic, version, itemsize, n, n_tokens)
         stated = (INDEX_MAGIC, FORMAT_VERSION, dtype.itemsize, entry["documents"], entry["tokens"])
         self.tokens = np.frombuffer(_map(folder / f"{self.name}.bin"), dtype)

@@ -10,13 +10,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.shards import ShardDocuments, token_dtype, write_shard
+from data.shards import MAX_DOCUMENT_BYTES, ShardDocuments, token_dtype, write_shard
 from data.sources import Unit, read_unit
 from data.tokenizer import EOS_ID, UNK_ID, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
@@ -35,7 +35,7 @@ def write_units(
     text_field: str,
     tokenizer: Tokenizer,
     workers: int,
-    report: Callable[[int], Any],
+    report: Callable[[int, int], Any],
 ) -> None:
     """Writes the shards of all units, each under its path (without ending).
 
@@ -44,7 +44,7 @@ def write_units(
         text_field: column that holds the text.
         tokenizer: makes the ids.
         workers: processes.
-        report: called with the bytes of text that were done since its last call.
+        report: called with the bytes of text and the tokens that were done since its last call.
 
     Raises:
         ValueError: a unit's file cannot be read as planned.
@@ -57,17 +57,17 @@ def write_units(
         return
     # Spawned, not forked: the parent has threads (the progress bar's, SentencePiece's).
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
+    counter = context.Array("q", 2)  # bytes, tokens
     model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
     start = (model, tokenizer.n_sentinels, text_field, counter)
     with ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, start) as pool:
         pending: set[Future[None]] = {pool.submit(_work, unit, stem) for unit, stem in todo}
-        reported = 0
+        reported = [0, 0]
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                counted = counter.value
-                report(counted - reported)
+                counted = counter[:]
+                report(counted[0] - reported[0], counted[1] - reported[1])
                 reported = counted
                 for future in done:
                     future.result()
@@ -82,7 +82,7 @@ def write_unit(
     stem: Path,
     text_field: str,
     tokenizer: Tokenizer,
-    report: Callable[[int], Any],
+    report: Callable[[int, int], Any],
 ) -> None:
     """Tokenises one unit and writes its shard.
 
@@ -91,7 +91,7 @@ def write_unit(
         stem: path of the shard without ending.
         text_field: column that holds the text.
         tokenizer: makes the ids.
-        report: called with the bytes of text that were done.
+        report: called with the bytes of text and the tokens that were done.
 
     Raises:
         ValueError: the unit's file cannot be read as planned.
@@ -105,18 +105,25 @@ def write_unit(
         if not document.text:
             counts["empty"] += 1
             continue
+        n_bytes = len(document.text.encode())
+        if n_bytes > MAX_DOCUMENT_BYTES:
+            raise ValueError(
+                f"data: {unit.path!r} row {document.row} has {n_bytes:,} bytes, a document may "
+                f"have {MAX_DOCUMENT_BYTES:,}: cut it into several"
+            )
         ids = tokenizer.encode(document.text)
         parts += [ids.astype(dtype), np.array([EOS_ID], dtype)]
         lengths.append(len(ids) + 1)
-        raw_bytes.append(len(document.text.encode()))
+        raw_bytes.append(n_bytes)
         words.append(len(document.text.split()))
         rows.append(document.row)
         counts["unk"] += int((ids == UNK_ID).sum())
         if counts["roundtrip_checked"] < ROUNDTRIP_DOCUMENTS:
             counts["roundtrip_checked"] += 1
             counts["roundtrip_exact"] += _round_trips(tokenizer, document.text)
-        report(raw_bytes[-1])
-    report(unit.text_bytes - sum(raw_bytes))  # What was JSON around the text, for the bar to close.
+        report(n_bytes, lengths[-1])
+    # What was JSON around the text, for the bar to close.
+    report(unit.text_bytes - sum(raw_bytes), 0)
     counts |= {"raw_bytes": sum(raw_bytes), "words": sum(words)}
     documents = ShardDocuments(
         np.concatenate([np.zeros(0, dtype), *parts]),
@@ -142,7 +149,7 @@ _worker: dict[str, Any] = {}  # A worker process' tokenizer and settings.
 
 
 def _start_worker(
-    model: bytes | None, n_sentinels: int, text_field: str, counter: "Synchronized[int]"
+    model: bytes | None, n_sentinels: int, text_field: str, counter: "SynchronizedArray[int]"
 ) -> None:
     def leave_with_parent() -> None:  # A killed parent would leave its workers waiting for ever.
         parent = multiprocessing.parent_process()
@@ -150,9 +157,10 @@ def _start_worker(
         parent.join()
         os._exit(1)
 
-    def report(n: int) -> None:
+    def report(n_bytes: int, n_tokens: int) -> None:
         with counter.get_lock():
-            counter.value += n
+            counter[0] += n_bytes
+            counter[1] += n_tokens
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     _worker["tokenizer"] = (

@@ -15,6 +15,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -135,6 +136,26 @@ def test_workers_die_with_a_killed_parent_and_their_work_is_resumed(tmp_path: Pa
     assert hashes(out) == hashes(tmp_path / "at once")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_adds_up_to_all_bytes_and_tokens(
+    source: Path, prepared: Path, tmp_path: Path, workers: int
+) -> None:
+    units = plan_units(hash_file(source.name, str(source)), 4000, "text")
+    todo = [(unit, tmp_path / f"{i:05d}") for i, unit in enumerate(units)]
+    reports = []
+    write_units(todo, "text", BytesTokenizer(), workers, lambda *report: reports.append(report))
+    totals = [sum(column) for column in zip(*reports, strict=True)]
+    assert totals == [source.stat().st_size, Corpus.open(prepared).n_tokens]
+
+
+def test_the_bar_shows_the_speed_in_bytes_and_tokens(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(arguments(source, tmp_path / "corpus")) == 0
+    bar = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"100%.*B/s, [\d.]+[kM]? tokens/s", bar), bar
+
+
 def test_a_corpus_that_stands_is_left_alone(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -258,7 +279,7 @@ def test_a_killed_worker_is_noticed(source: Path) -> None:
     file = hash_file(source.name, str(source))
     todo = [(unit, _Poison()) for unit in plan_units(file, 4000, "text")]
     with pytest.raises(WorkerKilledError, match="out of memory"):
-        write_units(todo, "text", BytesTokenizer(), 2, lambda n: None)
+        write_units(todo, "text", BytesTokenizer(), 2, lambda n_bytes, n_tokens: None)
 
 
 def test_empty_documents_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -271,6 +292,14 @@ def test_empty_documents_are_counted_and_left_out(tmp_path: Path) -> None:
     prepare(make_config(source, tmp_path / "nothing"))
     assert Corpus.open(tmp_path / "nothing").n_tokens == 0
     assert verify(tmp_path / "nothing") == []
+
+
+def test_a_document_that_the_index_cannot_count_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.units.MAX_DOCUMENT_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"row 1 has [\d,]+ bytes, a document may have 1,000"):
+        prepare(make_config(source, tmp_path / "corpus"))
 
 
 def test_the_manifest_states_what_was_measured(
