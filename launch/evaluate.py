@@ -66,8 +66,11 @@ class ReportArguments:
 
 def main(argv: list[str]) -> int:
     """Runs a command line; the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
     try:
-        if argv and argv[0] == "report":
+        if argv[0] == "report":
             positional = [word for word in argv[1:] if "=" not in word]
             options = [word for word in argv[1:] if "=" in word]
             return report_runs(positional, parse(ReportArguments, options))

@@ -91,7 +91,6 @@ def test_evaluate_then_report_prints_the_pages_path_last(run, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "run= is missing"),
         (["contexts=64..128"], "run= is missing"),
         (["RUN", "context=64"], "context=64: not known"),
         (["RUN", "contexts=64-128"], "contexts=64-128 is neither"),
