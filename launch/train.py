@@ -8,7 +8,6 @@ a checkpoint (start the same command again), 2 bad configuration or input, 1 any
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 # `deepspeed` runs this file by its path: make the repository's packages importable from it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,10 +17,17 @@ import torch
 
 from data.loader import START_ID, build_loader
 from data.shards import Corpus
-from pretrain.config import RunConfig, differences, load_config, load_saved_config, save_config
+from pretrain.config import (
+    RunConfig,
+    differences,
+    launcher_world_size,
+    load_config,
+    load_saved_config,
+    save_config,
+)
 from pretrain.models import LanguageModel
 from pretrain.training.checkpoint import checkpoint_bytes
-from pretrain.training.engine import World, deepspeed_config, leave, start_process_group
+from pretrain.training.engine import deepspeed_config, leave, start_process_group
 from pretrain.training.environment import describe_environment, git_commit
 from pretrain.training.manifest import CheckpointError, check_room, write_json
 from pretrain.training.metrics import CorpusFacts, say
@@ -33,38 +39,45 @@ FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; returns its exit code. Rank 0 speaks for all, except of a rank's own."""
+    """Runs the command; returns its exit code."""
     try:
-        return run(arguments)
-    except (ValueError, TrainingError, CheckpointError) as error:
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        trainer = set_up(arguments)
+    except (ValueError, CheckpointError) as error:
+        complain(error)
         return BAD_INPUT if isinstance(error, ValueError) else FAILED
-
-
-def run(arguments: list[str]) -> int:
-    """Everything that can be wrong is found before the process group starts, as far as possible."""
-    config = load_config(arguments)
-    rank, world_size = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
-    corpus = open_corpus(config)
-    facts = CorpusFacts(
-        bytes_per_token=int(corpus.raw_bytes.sum()) / corpus.n_tokens,
-        tokenizer=corpus.tokenizer.sha256,
-    )
-    plan = make_plan(config, config.world_size or world_size)
-    screen = "\n".join(
-        [
-            f"commit    {git_commit()}",
-            describe(config, plan),
-            f"data      {config.data.path}: {corpus.n_tokens:,} tokens in {corpus.n_documents:,} "
-            f"documents, {facts.bytes_per_token:.3f} bytes per token, "
-            f"fingerprint {corpus.fingerprint[:16]}",
-        ]
-    )
-    if config.dry_run:
-        print(screen)
+    if trainer is None:
         return FINISHED
+    try:  # from here on a ValueError is a bug, and keeps its traceback
+        return FINISHED if trainer.fit() else PREEMPTED
+    except (TrainingError, CheckpointError) as error:
+        complain(error)
+        return FAILED
+
+
+def complain(error: Exception) -> None:
+    """Prints the error once: rank 0 speaks for all, except of a rank's own.
+
+    Before the ranks have met, the first of each node speaks: only its files may be at fault.
+    """
+    speaker = "RANK" if torch.distributed.is_initialized() else "LOCAL_RANK"
+    if int(os.environ.get(speaker, "0")) == 0 or isinstance(error, RankError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def set_up(arguments: list[str]) -> Trainer | None:
+    """Builds the trainer; None when only the plan was asked for.
+
+    Everything that can be wrong is found before the process group starts, as far as possible.
+    """
+    config = load_config(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = config.world_size or launcher_world_size()
     deepspeed_config(config, world_size)  # for its checks
+    plan_only = config.dry_run and not config.data.path and config.model.vocab_size > 0
+    corpus = None if plan_only else open_corpus(config)
+    if config.dry_run or corpus is None:
+        print(first_screen(config, world_size, corpus))
+        return None
     torch.manual_seed(config.seed)
     model = LanguageModel(config.model)
     if config.train.carry_state and not model.constant_state:
@@ -87,12 +100,38 @@ def run(arguments: list[str]) -> int:
     )
     validation = open_validation(config)
     check_room(config.run_dir / "checkpoints", checkpoint_bytes(model))
+    saved_config = config.run_dir / "config.yaml"
+    before = load_saved_config(saved_config) if saved_config.exists() else None
+
     world = start_process_group(config)
     if world.is_main:
-        describe_run(config, world, screen)
+        changed = differences(config, before).items() if before else []
+        lines = [f"changed   {key}: {old} -> {new}" for key, (old, new) in changed]
+        say(config.run_dir, "\n".join([first_screen(config, world_size, corpus), *lines]) + "\n")
     evaluate = Validation(*validation, world) if validation else None
+    facts = CorpusFacts(bytes_per_token(corpus), corpus.tokenizer.sha256)
     trainer = Trainer(config, model, loader, world, facts, evaluate=evaluate)
-    return FINISHED if trainer.fit() else PREEMPTED
+    if world.is_main:  # not before the trainer has found that this run may go on
+        save_config(config, saved_config)
+        write_json(config.run_dir / "environment.json", describe_environment(world))
+    return trainer
+
+
+def first_screen(config: RunConfig, world_size: int, corpus: Corpus | None) -> str:
+    """What the run will be, and on which data."""
+    lines = [f"commit    {git_commit()}", describe(config, make_plan(config, world_size))]
+    if corpus is not None:
+        lines.append(
+            f"data      {config.data.path}: {corpus.n_tokens:,} tokens in {corpus.n_documents:,} "
+            f"documents, {bytes_per_token(corpus):.3f} bytes per token, "
+            f"fingerprint {corpus.fingerprint[:16]}"
+        )
+    return "\n".join(lines)
+
+
+def bytes_per_token(corpus: Corpus) -> float:
+    """UTF-8 bytes of the split's text over its tokens."""
+    return int(corpus.raw_bytes.sum()) / corpus.n_tokens
 
 
 def open_corpus(config: RunConfig) -> Corpus:
@@ -103,7 +142,8 @@ def open_corpus(config: RunConfig) -> Corpus:
     """
     if not config.data.path:
         raise ValueError(
-            "data.path='': name a folder written by launch/prepare.py, or pick data=NAME"
+            "data.path='': name a folder written by launch/prepare.py, or pick data=NAME (a "
+            "dry_run=true with model.vocab_size=N needs none)"
         )
     corpus = Corpus.open(config.data.path, config.data.train_split)
     if config.model.vocab_size == 0:
@@ -141,19 +181,6 @@ def open_validation(config: RunConfig) -> tuple[list[torch.Tensor], int, float] 
     piece_bytes = np.array([len(piece) for piece in corpus.tokenizer.token_bytes()])
     n_bytes = sum(int(piece_bytes[document[1:].numpy()].sum()) for document in documents)
     return documents, config.train.seq_len, n_bytes / (length * len(documents))
-
-
-def describe_run(config: RunConfig, world: World, screen: str) -> None:
-    """Prints the first screen and writes config.yaml and environment.json."""
-    saved = config.run_dir / "config.yaml"
-    lines = [screen]
-    if saved.exists():
-        changed = differences(config, load_saved_config(saved))
-        lines += [f"changed   {key}: {old} -> {new}" for key, (old, new) in changed.items()]
-    say(config.run_dir, "\n".join(lines) + "\n")
-    save_config(config, saved)
-    environment: dict[str, Any] = describe_environment(world)
-    write_json(config.run_dir / "environment.json", environment)
 
 
 if __name__ == "__main__":

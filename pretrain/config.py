@@ -372,8 +372,8 @@ def _split_arguments(
             picks[key] = text
         elif key == "resume":
             overrides["resume.mode"] = text
-        elif re.fullmatch(r"\d+(:\d+)+", text):
-            overrides[key] = text  # YAML 1.1 reads 10:13 as a number to base 60
+        elif not text or re.fullmatch(r"\d+(:\d+)+", text):
+            overrides[key] = text  # YAML 1.1 reads 10:13 as a number to base 60, nothing as null
         else:
             try:
                 parsed = OmegaConf.from_dotlist([f"value={text}"]).value

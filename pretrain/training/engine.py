@@ -117,7 +117,7 @@ def deepspeed_config(
         universal: load the next checkpoint in the universal format.
 
     Raises:
-        ValueError: when `zero.extra` holds the stage, or a key that DeepSpeed would silently ignore.
+        ValueError: when `zero.extra` holds the stage, or a key that DeepSpeed would ignore.
     """
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload_optimizer:

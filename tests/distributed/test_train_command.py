@@ -13,7 +13,8 @@ import torch
 
 from launch import prepare
 from launch import train as train_command
-from pretrain.config import load_saved_config
+from pretrain.config import load_config, load_saved_config, save_config
+from pretrain.training.engine import World
 from pretrain.training.load import load_model
 from tests.distributed.launching import REPOSITORY, finish, start
 
@@ -132,6 +133,7 @@ BAD_INPUT = {
     "state without end": ("model.layers.pattern=[attention,swa]", "use train.carry_state=false"),
     "unwritable folder": ("out_dir=/dev/null/runs", "out_dir: cannot write to /dev/null/runs/"),
     "long validation": ("eval.tokens_per_document=100000", "the longest document of split"),
+    "no data": ("data.path=", "pick data=NAME (a dry_run=true with model.vocab_size=N needs none)"),
     "ignored by DeepSpeed": ("zero.extra.zero_optimisation.stage=2", "'zero_optimization'"),
 }
 
@@ -159,3 +161,39 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
         assert word in printed
     assert "micro batch 2 x 32 tokens x 4 ranks x 1 accumulation" in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_of_every_shipped_model_needs_no_data(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((REPOSITORY / "configs" / "model").glob("*.yaml")):
+        arguments = [f"model={path.stem}", "model.vocab_size=32000", "dry_run=true", "world_size=8"]
+        assert train_command.main([*arguments, "train.micro_batch_size=1"]) == 0
+        assert "8 ranks x 2 accumulation" in capsys.readouterr().out
+
+
+def test_refused_resume_leaves_the_runs_configuration_as_it_was(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("another model")
+
+    world = World(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(train_command, "start_process_group", lambda config: world)
+    monkeypatch.setattr(train_command, "Trainer", refuse)
+    saved = tmp_path / "runs" / "tiny" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    save_config(load_config(arguments), saved)
+    content = saved.read_bytes()
+    assert train_command.main([*arguments, "model.d_ff=128"]) == train_command.BAD_INPUT
+    assert saved.read_bytes() == content
+
+
+def test_bug_in_training_keeps_its_traceback(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Buggy:
+        def fit(self) -> bool:
+            raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(train_command, "set_up", lambda arguments: Buggy())
+    with pytest.raises(ValueError, match="unpack"):
+        train_command.main(arguments)
