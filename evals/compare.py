@@ -3,7 +3,7 @@
 Both models are scored on the same targets of the same documents; the difference is taken token by
 token, summed by document, and its interval is over documents. A verdict names a winner only when
 that interval excludes zero and the difference is above rounding. What cannot be compared is
-refused: other data, other protocol settings, another boundary policy, a failed gate. With another
+refused: other data, other target spans, another boundary policy, a failed gate. With another
 tokenizer only bits per byte compare, and only where both scored the same bytes of every document.
 
 Surprising: pairing is what makes small gaps visible. On 50 documents the interval of a single
@@ -99,6 +99,12 @@ def incomparable(a: EvalRun, b: EvalRun) -> list[str]:
         )
     if a.result["policy"] != b.result["policy"]:
         reasons.append(f"policy differs: {a.result['policy']} and {b.result['policy']}")
+    spans = [_span_settings(run) for run in (a, b)]
+    if all(spans) and spans[0] != spans[1]:
+        reasons.append(
+            f"fixed: other target spans, {spans[0]} and {spans[1]}; evaluate both with the same "
+            "span_tokens, spans_per_document and largest context"
+        )
     if not reasons and not _shared_passes(a, b):
         reasons.append(
             f"no pass in common: {', '.join(a.tables)} and {', '.join(b.tables)}; evaluate both "
@@ -142,6 +148,14 @@ def _shared_passes(a: EvalRun, b: EvalRun) -> list[str]:
         if table.same_tokens(other) if same_tokenizer else same_bytes:
             shared.append(name)
     return shared
+
+
+def _span_settings(run: EvalRun) -> dict[str, Any] | None:
+    """What the target spans of `fixed` follow from: one choice for all contexts of a run."""
+    for table in run.tables.values():
+        if table.meta["protocol"].startswith("fixed"):
+            return dict(table.meta["settings"])
+    return None
 
 
 def _charge_specials(a: EvalRun, b: EvalRun) -> bool:

@@ -61,7 +61,7 @@ def curve_figure(
         results: one or several runs' result.json.
         reference: `{"name", "value", "ci95"}` of a model without a context axis (the n-gram), drawn
             as a horizontal line.
-        differences: of the other runs to the first; single curves' intervals are far wider.
+        differences: the first run minus each other one; single curves' intervals are far wider.
     """
     panels: list[Callable[[Axes, Sequence[Result]], None]] = [
         draw
@@ -114,7 +114,9 @@ def _draw_bpb(axis: Axes, results: Sequence[Result]) -> None:
         _line(axis, [m["context"] for m in metrics], metrics, "ci95", result["name"], colour)
     _context_axis(axis, "context (tokens)")
     axis.set_ylabel("bits per byte")
-    axis.set_title("Loss over context, same target tokens")
+    tokenizers = {result["tokenizer"]["sha256"] for result in results}
+    same = "same target tokens" if len(tokenizers) == 1 else "each tokenizer's own target tokens"
+    axis.set_title(f"Loss over context, {same}")
 
 
 def _draw_differences(axis: Axes, differences: Sequence[Difference]) -> None:
@@ -125,7 +127,7 @@ def _draw_differences(axis: Axes, differences: Sequence[Difference]) -> None:
     axis.axhline(0.0, color=REFERENCE_COLOUR, linewidth=0.8)
     _context_axis(axis, "context (tokens)")
     axis.set_ylabel("bits per byte")
-    axis.set_title("Paired difference")
+    axis.set_title("Paired difference, below 0: the first is better")
 
 
 def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
@@ -141,7 +143,7 @@ def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
     axis.set_ylim(min(low, -MIN_GAIN_SPAN), max(high, MIN_GAIN_SPAN))
     _context_axis(axis, "context (tokens)")
     axis.set_ylabel("nats per token")
-    axis.set_title(f"Gain over {baseline} tokens of context")
+    axis.set_title(f"Gain over {baseline} tokens, above 0: context helps")
 
 
 def _draw_position(axis: Axes, results: Sequence[Result]) -> None:

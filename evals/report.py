@@ -1,41 +1,19 @@
 """The report of one or several evaluated runs: a self-contained page, and the same as Markdown.
 
 `report.html` needs no network and no file beside it: figures are inline SVG, fonts the system's.
-It shows what was measured whatever it says: curves with intervals, a verdict at each context, the
-n-gram's line, gates, cost per length, and where everything came from.
+It shows what was measured whatever it says: what the runs are, curves with intervals, a verdict at
+each context, the n-gram's line, gates, cost per length, and where everything came from.
 """
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals import plots
+from evals import page, plots
 from evals.compare import NO_DIFFERENCE, EvalRun, Verdict, compare
-from evals.stats import sign_of
+from evals.page import Row
+from evals.stats import RESOLUTION, sign_of
 from evals.store import write_bytes
-
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2328;
-  background: #fff; max-width: 1120px; margin: 2.5rem auto 4rem; padding: 0 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.12rem; margin: 2.4rem 0 .6rem; }
-p.lead { color: #57606a; margin: 0 0 1.2rem; } p.note { color: #57606a; font-size: 13px; }
-ul.summary { padding-left: 1.1rem; } ul.summary li { margin: .25rem 0; }
-figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; }
-figcaption { color: #57606a; font-size: 13px; }
-div.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .75rem; border-bottom: 1px solid #e5e7eb; text-align: right;
-  white-space: nowrap; }
-th { color: #57606a; font-weight: 600; border-bottom: 2px solid #d0d7de; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.wrap { white-space: normal; text-align: left; }
-.ci { color: #6e7781; font-size: 12px; } .good { color: #1a7f4b; } .bad { color: #c4321c; }
-.even { color: #6e7781; }
-code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; background: #f6f8fa;
-  padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere; white-space: normal; }
-"""
 
 
 def write(runs: Sequence[EvalRun], out_dir: Path, ngram: EvalRun | None = None) -> Path:
@@ -64,6 +42,7 @@ def write(runs: Sequence[EvalRun], out_dir: Path, ngram: EvalRun | None = None) 
         [run.result for run in runs], _reference(ngram), _differences(comparisons[: len(runs) - 1])
     )
     sections = [
+        ("Runs", *_runs_table(runs)),
         ("Bits per byte by context", *_level_table(runs, ngram)),
         *(
             (f"Verdict: {a.name} against {b.name}", *_verdict_table(a, b, verdicts))
@@ -75,28 +54,30 @@ def write(runs: Sequence[EvalRun], out_dir: Path, ngram: EvalRun | None = None) 
         ("Provenance", *_provenance_table(runs)),
     ]
     title = "Perplexity against context length: " + ", ".join(names)
-    page = _page(title, _lead(runs), summary, plots.to_svg(figure), sections)
-    write_bytes(out_dir / "report.html", page.encode())
+    content = page.to_html(title, _lead(runs), summary, plots.to_svg(figure), sections)
+    write_bytes(out_dir / "report.html", content.encode())
     write_bytes(out_dir / "report.png", plots.to_png(figure))
-    write_bytes(out_dir / "report.md", _markdown(title, _lead(runs), summary, sections).encode())
+    write_bytes(
+        out_dir / "report.md", page.to_markdown(title, _lead(runs), summary, sections).encode()
+    )
     return out_dir / "report.html"
 
 
-_CAPTION = (
-    "Shaded: 95 % over documents; for gains a band that holds all contexts at once. "
-    "Dotted: the training length."
-)
-
 Comparison = tuple[EvalRun, EvalRun, list[Verdict]]
-Row = list[str]
-Section = tuple[str, str, Row, list[Row]]
 
 
 def _lead(runs: Sequence[EvalRun]) -> str:
     data = runs[0].result["data"]
+    trained_on = [
+        run.name
+        for run in runs
+        if (data.get("path"), data["split"])
+        == (run.result["model"].get("training_path"), run.result["model"].get("training_split"))
+    ]
+    seen = f"TRAINING TEXT of {', '.join(trained_on)}" if trained_on else "held out"
     return (
-        f"{data['n_docs']} held-out documents, {data['n_tokens']:,} tokens, "
-        f"{data['n_bytes']:,} bytes; every interval is 95 % over documents."
+        f"{data['n_docs']} documents of the split {data['split']} ({seen}; {data['n_tokens']:,} "
+        f"tokens, {data['n_bytes']:,} bytes). Every interval is 95 % over documents."
     )
 
 
@@ -111,28 +92,52 @@ def findings(runs: Sequence[EvalRun], ngram: EvalRun | None = None) -> list[str]
     """What was found, in words, one line each."""
     lines = []
     for a, b, verdicts in _comparisons(runs, ngram):
-        fixed = [v for v in verdicts if v.metric == "bpb" and v.protocol.startswith("fixed")]
-        groups: dict[str, list[str]] = {}
-        for verdict in fixed:
-            groups.setdefault(verdict.verdict, []).append(f"{verdict.context:,}")
-        found = "; ".join(f"{what} at {', '.join(at)}" for what, at in groups.items())
+        bpb = [v for v in verdicts if v.metric == "bpb"]
+        groups: dict[str, list[Verdict]] = {}
+        for v in bpb:
+            if v.protocol.startswith("fixed"):
+                groups.setdefault(v.verdict, []).append(v)
+        found = [
+            f"{what} at {', '.join(_count(v.context) for v in at)}{_by(at)}"
+            for what, at in groups.items()
+        ]
+        found += [f"{v.verdict} in stream{_by([v])}" for v in bpb if v.protocol == "stream"]
         if found:
-            lines.append(f"{a.name} against {b.name}, by context: {found}.")
+            lines.append(f"{a.name} against {b.name}, by context: {'; '.join(found)}.")
     for run in runs:
         beyond = plots.series(run.result, "gain_beyond_training")
         if beyond:
-            last = beyond[-1]
+            lines.append(_gain_sentence(run, beyond[-1]))
+        if not run.result["tokenizer"]["lossless"]:
             lines.append(
-                f"{run.name}, trained at {run.result['model']['train_length']:,}: "
-                f"{last['context']:,} tokens of context instead of {last['baseline_context']:,} "
-                f"change the loss by {-last['value']:+.4f} nat per token "
-                f"({_gain_words(last)})."
+                f"{run.name}: its tokenizer loses text; bytes are those that its tokens decode to."
             )
     n_gates = sum(len(run.result["gates"]) for run in runs)
     lines.append(f"All {n_gates} gates passed.")
     if any(m["n_docs_low"] for run in runs for m in run.result["metrics"]):
         lines.append("Some numbers rest on fewer than 20 documents; they are marked (few).")
     return lines
+
+
+def _by(verdicts: Sequence[Verdict]) -> str:
+    """How much better the better one is; nothing where none is."""
+    sizes = [abs(v.difference.value) for v in verdicts if v.difference.sign()]
+    if not sizes:
+        return ""
+    low, high = f"{min(sizes):.4f}", f"{max(sizes):.4f}"
+    return f" (by {low} bits per byte)" if low == high else f" (by {low} to {high} bits per byte)"
+
+
+def _gain_sentence(run: EvalRun, gain: dict[str, Any]) -> str:
+    size, more = abs(gain["value"]), gain["value"] > 0
+    change = f"{size:.4f} nat per token {'lower' if more else 'higher'}"
+    if size < RESOLUTION:
+        change = f"the same to {RESOLUTION:g} nat per token"
+    return (
+        f"{run.name}, trained on segments of {run.result['model']['train_length']:,} tokens: "
+        f"behind {gain['context']:,} tokens of context instead of {gain['baseline_context']:,} its "
+        f"loss is {change} ({_gain_words(gain)})."
+    )
 
 
 def _gain_words(metric: dict[str, Any]) -> str:
@@ -148,18 +153,37 @@ def _reference(ngram: EvalRun | None) -> dict[str, Any] | None:
 
 
 def _differences(comparisons: Sequence[Comparison]) -> list[plots.Difference]:
-    """Bits per byte of the other run minus the first, by context."""
+    """Bits per byte of the first run minus the other, by context: the sign of the tables."""
     differences = []
     for a, b, verdicts in comparisons:
         points = [
-            {"context": v.context, "value": -v.difference.value, "ci95": interval}
+            {"context": v.context, "value": v.difference.value, "ci95": v.difference.ci95}
             for v in verdicts
             if v.metric == "bpb" and v.protocol.startswith("fixed")
-            for interval in [v.difference.ci95 and tuple(-x for x in v.difference.ci95[::-1])]
         ]
         if points:
-            differences.append(plots.Difference(f"{b.name} - {a.name}", points))
+            differences.append(plots.Difference(f"{a.name} - {b.name}", points))
     return differences
+
+
+def _runs_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
+    """What was compared: empty for runs that were evaluated without these facts."""
+    rows = []
+    for run in runs:
+        model = run.result["model"]
+        if "layers" in model:
+            rows.append(
+                [
+                    run.name,
+                    _count(model["parameters"]),
+                    _count(model["trained_tokens"]),
+                    _count(model["train_length"]),
+                    model["training_mode"] + (", state carried" if model["carried_state"] else ""),
+                    model["layers"],
+                ]
+            )
+    header = ["run", "parameters", "trained tokens", "segment", "data order", "layers"]
+    return "One training run each, from one seed.", header, rows
 
 
 def _level_table(runs: Sequence[EvalRun], ngram: EvalRun | None) -> tuple[str, Row, list[Row]]:
@@ -175,8 +199,27 @@ def _level_table(runs: Sequence[EvalRun], ngram: EvalRun | None) -> tuple[str, R
         "`fixed(T)`: the same target spans for every context, each preceded by exactly that many "
         "tokens of its document. The other protocols score other tokens: compare along a row."
     )
+    if len({run.result["tokenizer"]["sha256"] for run in runs}) > 1:
+        note += " Tokenizers differ: rows of `fixed` score other text in each column."
+    note += _phase_note(runs)
     header = ["protocol", "context", "tokens", *(f"{run.name} bpb" for run in everyone)]
     return note, header + [f"{run.name} token ppl" for run in runs], rows
+
+
+def _phase_note(runs: Sequence[EvalRun]) -> str:
+    """Which places of a block the spans lie at, where that is not all of them."""
+    spans = [
+        r["settings"]["span_tokens"]
+        for r in runs[0].result["protocols"]
+        if r["context"] and r["id"].startswith("fixed")
+    ]
+    grid = max(run.result["model"]["reset_grid"] for run in runs)
+    if not spans or spans[0] % grid == 0:
+        return ""
+    return (
+        f" A span begins right behind its context, so its {spans[0]} tokens lie at the same few "
+        f"places of the model's blocks (grid {grid}) for every context; `stream` sees all places."
+    )
 
 
 def _verdict_table(a: EvalRun, b: EvalRun, verdicts: list[Verdict]) -> tuple[str, Row, list[Row]]:
@@ -221,8 +264,9 @@ def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
                     ]
                 )
     note = (
-        "Nats per token that more context saves on the same targets, with a band that holds all "
-        "contexts of a run at once; first from the smallest context, then beyond training length."
+        "Positive: the loss of the same targets falls by so many nats per token when the context "
+        "grows. The band holds all contexts of a run at once. First from the smallest context, "
+        "then from the largest one within the training length."
     )
     return note, ["run", "context", "gain", "simultaneous 95 %", "reading"], rows
 
@@ -275,6 +319,10 @@ def _provenance_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
 
 
 def _metric(run: EvalRun, name: str, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The metric of a pass, if the run has that pass with the same settings."""
+    passes = [(other["pass"], other["settings"]) for other in run.result["protocols"]]
+    if (record["pass"], record["settings"]) not in passes:
+        return None
     for metric in run.result["metrics"]:
         if (metric["name"], metric["protocol"], metric["context"]) == (
             name,
@@ -300,62 +348,3 @@ def _plain(metric: dict[str, Any] | None) -> str:
 
 def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def _page(
-    title: str, lead: str, summary: Sequence[str], svg: str, sections: Sequence[Section]
-) -> str:
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in summary)
-    figure = f"<figure>{svg}<figcaption>{_CAPTION}</figcaption></figure>"
-    body = [
-        f"<h1>{html.escape(title)}</h1><p class='lead'>{html.escape(lead)}</p>",
-        f"<ul class='summary'>{items}</ul>{figure}",
-    ]
-    for heading, note, header, rows in sections:
-        if rows:
-            body.append(f"<h2>{html.escape(heading)}</h2>{_html_table(header, rows)}")
-            body.append(f"<p class='note'>{_html_note(note)}</p>" if note else "")
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
-
-
-def _html_note(note: str) -> str:
-    parts = html.escape(note).split("`")
-    return "".join(f"<code>{p}</code>" if k % 2 else p for k, p in enumerate(parts))
-
-
-def _html_table(header: Row, rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = ["<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows]
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f"<div class='scroll'>{table}</div>"
-
-
-def _html_cell(cell: str) -> str:
-    text = html.escape(cell)
-    if cell in ("passed", "it gains") or cell.endswith(" better"):
-        return f"<td class='text good'>{text}</td>"
-    if cell in ("FAILED", "it degrades"):
-        return f"<td class='text bad'>{text}</td>"
-    if cell == NO_DIFFERENCE:
-        return f"<td class='text even'>{text}</td>"
-    if len(cell) > 60:
-        return f"<td class='wrap'><code>{text}</code></td>"
-    return f"<td>{text}</td>"
-
-
-def _markdown(title: str, lead: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
-    lines = [f"# {title}", "", lead, "", *(f"- {line}" for line in summary), ""]
-    lines += ["![curves](report.png)", ""]
-    for heading, note, header, rows in sections:
-        if not rows:
-            continue
-        lines += [f"## {heading}", ""]
-        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
-        lines += ["", note, ""] if note else [""]
-    return "\n".join(lines)

@@ -26,6 +26,7 @@ from evals.compare import EvalRun
 from evals.documents import from_corpus
 from evals.gates import GateFailure
 from evals.models import LanguageModelScorer
+from pretrain.training.environment import git_commit
 from pretrain.training.load import load_model
 from pretrain.training.manifest import CheckpointError
 
@@ -125,6 +126,7 @@ def evaluate(arguments: EvaluateArguments, command: str) -> int:
         train_length=train_length,
         provenance={
             "command": command,
+            "commit": git_commit(),
             "path": str(run_dir),
             "checkpoint": Path(checkpoint["path"]).name,
             "parameters": sum(p.numel() for p in model.parameters()),

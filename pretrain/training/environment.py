@@ -6,11 +6,12 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.training.engine import World
+if TYPE_CHECKING:  # Evaluation asks for the commit, and need not wait for DeepSpeed's import.
+    from pretrain.training.engine import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -24,7 +25,7 @@ def git_commit() -> str:
         return "unknown (not a git checkout)"
 
 
-def describe_environment(world: World) -> dict[str, Any]:
+def describe_environment(world: "World") -> dict[str, Any]:
     """JSON-able facts about this process and its machine."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -109,8 +109,17 @@ def test_failed_gate_is_refused(oracle):
         compare.compare(oracle, other)
 
 
+@pytest.mark.parametrize("contexts", [(32,), (16, 64, 128)])
+def test_other_target_spans_are_refused(oracle, tmp_path, contexts):
+    """Even where other passes are the same: one plot would show both as if they could compare."""
+    options = dataclasses.replace(OPTIONS, contexts=contexts, protocols=("fixed", "stream"))
+    other = evaluate(Bigram(TABLE), tmp_path, "other", options=options)
+    with pytest.raises(ValueError, match="fixed: other target spans"):
+        compare.compare(oracle, other)
+
+
 def test_other_protocol_settings_leave_nothing_to_compare(oracle, tmp_path):
-    options = PerplexityOptions(contexts=(32,), protocols=("fixed",))
+    options = PerplexityOptions(contexts=(32,), protocols=("stream",), stream_tokens=50)
     other = evaluate(Bigram(TABLE), tmp_path, "other", options=options)
     with pytest.raises(ValueError, match="no pass in common"):
         compare.compare(oracle, other)

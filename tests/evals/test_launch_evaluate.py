@@ -84,8 +84,10 @@ def test_evaluate_then_report_prints_the_pages_path_last(run, capsys):
     assert evaluate.main(["report", str(run), f"out={out}", "ngram=true"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(out / "report.html")
-    assert any("byte 5-gram better at 16, 32, 64, 128" in line for line in lines)
-    assert "byte 5-gram" in (out / "report.html").read_text()
+    assert any("byte 5-gram better at 16, 32, 64, 128 (by " in line for line in lines)
+    page = (out / "report.html").read_text()
+    assert "<h2>Runs</h2>" in page, "what the runs are stands above the numbers"
+    assert "byte 5-gram" in page
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The page opens offline, shows every run, gate and verdict, and refuses what may not be shown."""
 
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 
@@ -77,8 +78,61 @@ def test_page_is_self_contained_and_shows_everything(runs, tmp_path):
 
 def test_findings_name_the_verdict_at_each_context(runs):
     lines = report.findings(runs)
-    assert "oracle against uniform <flat>, by context: oracle better at 16, 32, 64." in lines
+    assert lines[0].startswith(
+        "oracle against uniform <flat>, by context: oracle better at 16, 32, 64 (by "
+    )
+    assert "; oracle better in stream (by " in lines[0]
     assert any(line.startswith("All ") and line.endswith(" gates passed.") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("gain", "band", "words"),
+    [
+        (0.02, [0.01, 0.03], "its loss is 0.0200 nat per token lower (it gains)"),
+        (-0.02, [-0.03, -0.01], "its loss is 0.0200 nat per token higher (it degrades)"),
+        (-0.02, [-0.05, 0.01], "is 0.0200 nat per token higher (no difference shown)"),
+        (-2e-6, [-3e-6, -1e-6], "is the same to 0.0001 nat per token (no difference shown)"),
+    ],
+)
+def test_a_gain_is_said_as_what_the_loss_does(runs, gain, band, words):
+    result = json.loads(json.dumps(runs[0].result))
+    for metric in result["metrics"]:
+        if metric["name"] == "gain_beyond_training":
+            metric.update(value=gain, band95=band)
+    (line,) = [
+        line
+        for line in report.findings([dataclasses.replace(runs[0], result=result)])
+        if "instead of 32" in line
+    ]
+    assert words in line
+
+
+def test_differences_have_one_sign_in_table_and_plot(runs):
+    verdicts = compare.compare(*runs)
+    (difference,) = report._differences([(*runs, verdicts)])
+    assert difference.label == "oracle - uniform <flat>"
+    assert all(point["value"] < 0 for point in difference.points), "the oracle is better"
+    (row, *_) = report._verdict_table(*runs, verdicts)[2]
+    assert row[3] == f"{difference.points[0]['value']:+.4f}"
+
+
+def test_numbers_of_other_tokens_do_not_stand_beside_each_other(runs, tmp_path):
+    """Both have a pass `stream`, one over 100 tokens of each document and one over 50."""
+    options = dataclasses.replace(OPTIONS, stream_tokens=50)
+    perplexity.run(
+        Uniform(12), DOCUMENTS, options, tmp_path, name="short", train_length=32, progress=False
+    )
+    rows = report._level_table([runs[0], compare.load(tmp_path)], None)[2]
+    by_protocol = {row[0]: row for row in rows}
+    assert by_protocol["stream"][4] == "-"
+    assert by_protocol["fixed(4)"][4] != "-"
+
+
+def test_an_evaluation_on_the_training_text_says_so(runs):
+    result = json.loads(json.dumps(runs[0].result))
+    assert "(held out;" in report._lead(runs)
+    result["model"] |= {"training_path": "toy", "training_split": "validation"}
+    assert "TRAINING TEXT of oracle" in report._lead([dataclasses.replace(runs[0], result=result)])
 
 
 def test_one_run_alone_has_a_report(runs, tmp_path):
