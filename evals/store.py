@@ -8,7 +8,6 @@ position): batch size and order of work leave no trace.
 import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data.shards import write_atomically
 from evals.protocols import Pass, WorkItem
 from evals.stats import per_document
 
@@ -113,17 +113,9 @@ class TokenTable:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Either the whole content stands under `path`, or what stood there before."""
+    """Writes a file whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, content)
 
 
 def pass_identity(scoring: Pass, model: str, data: str) -> str:
