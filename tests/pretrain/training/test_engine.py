@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from pretrain.config import RunConfig
 from pretrain.training import engine
-from pretrain.training.engine import World, build_engine, deepspeed_config
+from pretrain.training.engine import World, build_engine, compile_blocks, deepspeed_config
 
 
 def config_with(**zero: object) -> RunConfig:
@@ -62,6 +63,27 @@ def test_complex_parameter_is_refused() -> None:
     world = World(0, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"'rates' is torch\.complex64: ZeRO drops imaginary"):
         build_engine(RunConfig(), Complex(), world)
+
+
+def test_many_kinds_of_layers_all_stay_compiled() -> None:
+    """Torch gives up after eight variants of one forward, in silence but for a warning."""
+
+    class Layer(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * len(self.kind)
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Layer("a" * length) for length in range(1, 11))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(model, backend="eager")
+    for length, block in enumerate(model.blocks, 1):
+        assert block(torch.ones(2)).tolist() == [length, length]
+    assert counters["frames"] == {"total": 10, "ok": 10}
 
 
 def test_training_imports_neither_data_nor_evals() -> None:
