@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.ops.chunks import chunk_runs, kept_states
 from pretrain.ops.numerics import no_autocast, wide_dtype
 
 
@@ -70,19 +71,13 @@ def lti_ssm(
         ValueError: `chunk_size` does not divide the spacing of the edges.
     """
     length = u.shape[1]
-    if resets is not None and edges.step % chunk_size:
-        raise ValueError(
-            f"chunk_size={chunk_size} does not divide the reset grid of {edges.step} tokens: "
-            f"choose a chunk_size that does"
-        )
-    # Chunks end at reset edges, so that a reset is a property of a whole chunk.
-    head = edges.start % chunk_size if resets is not None else 0
+    runs = chunk_runs(length, chunk_size, resets, edges)
     with no_autocast(u):
         operators = _chunk_operators(parameters, min(chunk_size, length), wide_dtype(u))
         s = None if state is None else state.transpose(-1, -2).transpose(0, 1).contiguous()
         outputs = []
-        for start, stop, size in _pieces(length, head, chunk_size):
-            keep = _keep(resets, edges, start, stop, size)
+        for start, stop, size in runs:
+            keep = kept_states(resets, edges, start, stop, size)
             y, s = _chunks(u[:, start:stop], operators, s, keep, size)
             outputs.append(y)
         assert s is not None
@@ -148,31 +143,6 @@ def _toeplitz(taps: Tensor) -> Tensor:
     channels, size = taps.shape
     rows = F.pad(taps, (0, 1)).unsqueeze(1).expand(channels, size, size + 1)
     return rows.reshape(channels, -1)[:, : size * size].view(channels, size, size).triu()
-
-
-def _pieces(length: int, head: int, chunk_size: int) -> list[tuple[int, int, int]]:
-    """(start, stop, chunk) runs: a ragged head, the whole chunks, a ragged tail."""
-    head = min(head, length)
-    tail = (length - head) % chunk_size
-    bounds = [
-        (0, head, head),
-        (head, length - tail, chunk_size),
-        (length - tail, length, tail),
-    ]
-    return [piece for piece in bounds if piece[1] > piece[0]]
-
-
-def _keep(resets: Tensor | None, edges: range, start: int, stop: int, size: int) -> Tensor | None:
-    """(B, chunks) bool, False for a chunk that begins at a set flag; None when there is no edge."""
-    inside = [i for i, edge in enumerate(edges) if start <= edge < stop]
-    if resets is None or not inside:
-        return None
-    keep = torch.ones(
-        resets.shape[0], (stop - start) // size, dtype=torch.bool, device=resets.device
-    )
-    first = (edges[inside[0]] - start) // size
-    keep[:, first :: edges.step // size] = ~resets[:, inside[0] : inside[-1] + 1]
-    return keep
 
 
 def _chunks(

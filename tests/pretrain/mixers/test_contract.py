@@ -20,6 +20,7 @@ D_MODEL, W, BATCH = 8, 8, 2
 RAGGED = 3 * W + 3  # ends inside a block
 
 BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3}
+MAMBA2 = {"head_dim": 4, "d_state": 3, "chunk_size": 4}
 TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
         "rotary": {"n_heads": 2},
@@ -28,6 +29,10 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "bst": {
         "own_and_previous": BST,
         "own": BST | {"self_attention": "own"},
+    },
+    "mamba2": {
+        "one group": MAMBA2,
+        "two groups": MAMBA2 | {"n_groups": 2, "conv_taps": 3, "chunk_size": W},
     },
     "s4d": {
         "lin": {"n_modes": 3, "chunk_size": 4},

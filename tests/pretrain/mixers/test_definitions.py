@@ -99,9 +99,35 @@ def bst(mixer: Any, x: Tensor) -> Tensor:
     return torch.cat([inside.flatten(2), context.flatten(2)], -1) @ mixer.out_proj.weight.T
 
 
+def mamba2(mixer: Any, x: Tensor) -> Tensor:
+    """2405.21060: token by token, with the whole (H, P, N) state."""
+    inner, groups = mixer.d_inner, mixer.n_groups
+    z, xbc, dt = (x @ mixer.in_proj.weight.T).tensor_split((inner, inner + mixer.conv_width), -1)
+    conv, bias = mixer.conv1d.weight, mixer.conv1d.bias
+    padded = F.pad(xbc.transpose(1, 2), (mixer.conv_taps - 1, 0))
+    xbc = F.silu(F.conv1d(padded, conv, bias, groups=mixer.conv_width)).transpose(1, 2)
+    u, b, c = xbc.tensor_split((inner, inner + groups * mixer.d_state), -1)
+    u = u.unflatten(-1, (mixer.n_heads, -1))
+    b, c = (
+        part.unflatten(-1, (groups, -1)).repeat_interleave(mixer.n_heads // groups, 2)
+        for part in (b, c)
+    )
+    dt = F.softplus(dt + mixer.dt_bias)
+    state, outputs = x.new_zeros(BATCH, mixer.n_heads, mixer.head_dim, mixer.d_state), []
+    for t in range(LENGTH):
+        state = (-dt[:, t] * mixer.A_log.exp()).exp()[..., None, None] * state
+        state = state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], u[:, t], b[:, t])
+        read = torch.einsum("bhpn,bhn->bhp", state, c[:, t])
+        outputs.append(read + mixer.D[:, None] * u[:, t])
+    gated = (torch.stack(outputs, 1).flatten(2) * F.silu(z)).unflatten(-1, (groups, -1))
+    y = gated / (gated.square().mean(-1, keepdim=True) + mixer.norm.eps).sqrt()
+    return (y.flatten(2) * mixer.norm.weight) @ mixer.out_proj.weight.T
+
+
 DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": attention,
     "bst": bst,
+    "mamba2": mamba2,
     "s4d": s4d,
     "swa": swa,
 }
@@ -111,6 +137,8 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"n_heads": 2, "qk_norm": True}),
     ("bst", BST),
     ("bst", BST | {"self_attention": "own"}),
+    ("mamba2", {"head_dim": 4, "d_state": 3, "chunk_size": 4}),
+    ("mamba2", {"head_dim": 4, "d_state": 3, "n_groups": 2, "conv_taps": 3, "chunk_size": W}),
     ("s4d", {"n_modes": 3, "chunk_size": 4}),
     ("swa", {"n_heads": 2, "window_size": W, "rotary_base": 100.0}),
     ("swa", {"n_heads": 2, "window_size": W, "qk_norm": True}),

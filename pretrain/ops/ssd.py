@@ -1,0 +1,158 @@
+"""State-space duality: a matrix-valued state with one decay per head (Dao & Gu 2024, 2405.21060).
+
+    S_t = exp(l_t) S_{t-1} + u_t b_t^T ;  y_t = S_t c_t
+
+Shapes: B batch, T time, H heads, P head width, G groups (of H / G heads with the same b and c),
+N state size, C chunk size.
+
+`ssd` is the chunked form: inside a chunk this *is* attention without a softmax, with scores
+c_t . b_s times the decay exp(l_{s+1} + ... + l_t), so almost all of the work is matmuls. Sums of
+log decays are formed as masked cumulative sums: as differences of one cumulative sum they lose
+the digits that decide between recent tokens.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pretrain.ops.chunks import chunk_runs, kept_states
+from pretrain.ops.numerics import no_autocast, wide_dtype
+
+
+def ssd(
+    u: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    edges: range = range(0),
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The chunked matmul form, linear in T; the default.
+
+    Args:
+        u: (B, T, H, P), what is written; Mamba-2 writes dt x.
+        log_decay: (B, T, H), at most 0, in at least fp32.
+        b: (B, T, G, N), where it is written.
+        c: (B, T, G, N), what is read.
+        state: (B, H, P, N) in at least fp32, the state after the previous token; None: zero.
+        resets: (B, n) bool, True where the state is zeroed before the token at that edge.
+        edges: the n token offsets of `resets`; their spacing is a multiple of `chunk_size`.
+        chunk_size: tokens per chunk; changes the speed, not the result.
+
+    Returns:
+        y like `u`, and the state after the last token, (B, H, P, N).
+
+    Raises:
+        ValueError: `chunk_size` does not divide the spacing of the edges.
+    """
+    outputs = []
+    with no_autocast(u):
+        log_decay = log_decay.to(wide_dtype(u))
+        for start, stop, size in chunk_runs(u.shape[1], chunk_size, resets, edges):
+            keep = kept_states(resets, edges, start, stop, size)
+            run = [x[:, start:stop].unflatten(1, (-1, size)) for x in (u, log_decay, b, c)]
+            y, state = _chunks(run[0], run[1], run[2], run[3], state, keep)
+            outputs.append(y)
+    assert state is not None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
+
+
+def _chunks(
+    u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """J whole chunks: u (B, J, C, H, P), log_decay (B, J, C, H), b and c (B, J, C, G, N)."""
+    batch, _, _, n_heads, width = u.shape
+    groups, d_state = b.shape[-2:]
+    wide = log_decay.dtype
+    per_group = (groups, n_heads // groups)
+    u = u.permute(0, 1, 3, 2, 4)  # (B, J, H, C, P)
+    b, c = (x.transpose(2, 3) for x in (b, c))  # (B, J, G, C, N)
+    decay = _decay_between(log_decay.transpose(2, 3))  # (B, J, H, C, C)
+    since_start = log_decay.transpose(2, 3).cumsum(-1).exp()  # (B, J, H, C)
+
+    scores = (c @ b.transpose(-1, -2)).unsqueeze(3) * decay.unflatten(2, per_group)
+    y = scores.flatten(2, 3).to(u.dtype) @ u
+
+    # Heads of a group share b and c: they are the rows of one product.
+    written = (u * decay[..., -1, :, None]).to(u.dtype).unflatten(2, per_group)
+    written = written.permute(0, 1, 2, 3, 5, 4).flatten(3, 4)  # (B, J, G, H/G P, C)
+    local = (written @ b).to(wide).view(batch, -1, n_heads, width, d_state)
+    if state is None:
+        state = local.new_zeros(batch, n_heads, width, d_state)
+    before, state = _ChunkScan.apply(local, since_start[..., -1], state.to(wide), keep)
+    memory = before.to(u.dtype).unflatten(2, per_group).flatten(3, 4)  # (B, J, G, H/G P, N)
+    read = (c @ memory.transpose(-1, -2)).unflatten(-1, (per_group[1], width))
+    read = read.permute(0, 1, 2, 4, 3, 5).flatten(2, 3)  # (B, J, H, C, P)
+    y = y + read * since_start.unsqueeze(-1)
+    return y.transpose(2, 3).flatten(1, 2).to(u.dtype), state
+
+
+def _decay_between(log_decay: Tensor) -> Tensor:
+    """(..., C) -> (..., C, C), entry [t, s] = exp(l_{s+1} + ... + l_t) for t >= s, else 0."""
+    size = log_decay.shape[-1]
+    later = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril(-1)
+    sums = log_decay.unsqueeze(-1).masked_fill(~later, 0).cumsum(-2)
+    return sums.exp().tril()
+
+
+class _ChunkScan(torch.autograd.Function):
+    """before_{j+1} = decay_j before_j + local_j over chunks."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None):
+        """local (B, J, H, P, N), decay (B, J, H), s (B, H, P, N), keep (B, J) -> before, s."""
+        if keep is not None:
+            keep = keep.to(s.dtype)[:, :, None, None, None]
+        decay = decay[..., None, None]
+        before = torch.empty_like(local)
+        for j in range(local.shape[1]):
+            before[:, j] = s if keep is None else s * keep[:, j]
+            s = torch.addcmul(local[:, j], decay[:, j], before[:, j])
+        ctx.save_for_backward(before, decay, keep)
+        return before, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_before: Tensor, d_s: Tensor):
+        before, decay, keep = ctx.saved_tensors
+        d_local = torch.empty_like(before)
+        for j in reversed(range(before.shape[1])):
+            d_local[:, j] = d_s
+            d_s = torch.addcmul(d_before[:, j], decay[:, j], d_s)
+            if keep is not None:
+                d_s = d_s * keep[:, j]
+        d_decay = (before * d_local).sum((-2, -1))
+        return d_local, d_decay, d_s, None
+
+
+def ssd_naive(
+    u: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    edges: range = range(0),
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, token by token: the definition. Signature of `ssd`."""
+    del chunk_size
+    n_heads, groups = u.shape[2], b.shape[2]
+    with no_autocast(u):
+        wide = wide_dtype(u)
+        b, c = (x.to(wide).repeat_interleave(n_heads // groups, 2) for x in (b, c))
+        decay, written = log_decay.to(wide).exp(), u.to(wide)
+        if state is None:
+            state = written.new_zeros(u.shape[0], *u.shape[2:], b.shape[-1])
+        outputs = []
+        for t in range(u.shape[1]):
+            if resets is not None and t in edges:
+                state = state * ~resets[:, edges.index(t), None, None, None]
+            new = written[:, t].unsqueeze(-1) * b[:, t].unsqueeze(-2)
+            state = decay[:, t, :, None, None] * state + new
+            outputs.append((state @ c[:, t].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(outputs, 1).to(u.dtype), state
