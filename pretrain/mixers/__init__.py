@@ -7,6 +7,7 @@ from typing import Any
 from pretrain.mixers.attention import Attention
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.bst import BlockStateTransformer
+from pretrain.mixers.gss import GatedStateSpace
 from pretrain.mixers.mamba2 import Mamba2
 from pretrain.mixers.s4d import S4D
 from pretrain.mixers.swa import SlidingWindowAttention
@@ -14,6 +15,7 @@ from pretrain.mixers.swa import SlidingWindowAttention
 MIXERS: dict[str, type[TokenMixer]] = {
     "attention": Attention,
     "bst": BlockStateTransformer,
+    "gss": GatedStateSpace,
     "mamba2": Mamba2,
     "s4d": S4D,
     "swa": SlidingWindowAttention,

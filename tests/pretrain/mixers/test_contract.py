@@ -30,6 +30,11 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "own_and_previous": BST,
         "own": BST | {"self_attention": "own"},
     },
+    "gss": {
+        # Not narrower: a LayerNorm over two numbers has little but their order to pass on.
+        "full width": {"n_modes": 3, "chunk_size": 4, "reduce": 1},
+        "half width": {"n_modes": 3, "chunk_size": W, "init": "legs", "expand": 2, "reduce": 2},
+    },
     "mamba2": {
         "one group": MAMBA2,
         "two groups": MAMBA2 | {"n_groups": 2, "conv_taps": 3, "chunk_size": W},

@@ -99,6 +99,14 @@ def bst(mixer: Any, x: Tensor) -> Tensor:
     return torch.cat([inside.flatten(2), context.flatten(2)], -1) @ mixer.out_proj.weight.T
 
 
+def gss(mixer: Any, x: Tensor) -> Tensor:
+    """2206.13947: a narrow state space, and a wide gate on its way out."""
+    u, v = F.gelu(x @ mixer.in_proj.weight.T).tensor_split((mixer.d_gate,), -1)
+    v = (v - v.mean(-1, keepdim=True)) / (v.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    y = ssm(mixer.ssm, v * mixer.norm.weight + mixer.norm.bias) @ mixer.up_proj.weight.T
+    return (y * u) @ mixer.out_proj.weight.T
+
+
 def mamba2(mixer: Any, x: Tensor) -> Tensor:
     """2405.21060: token by token, with the whole (H, P, N) state."""
     inner, groups = mixer.d_inner, mixer.n_groups
@@ -127,6 +135,7 @@ def mamba2(mixer: Any, x: Tensor) -> Tensor:
 DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": attention,
     "bst": bst,
+    "gss": gss,
     "mamba2": mamba2,
     "s4d": s4d,
     "swa": swa,
@@ -137,6 +146,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"n_heads": 2, "qk_norm": True}),
     ("bst", BST),
     ("bst", BST | {"self_attention": "own"}),
+    ("gss", {"n_modes": 3, "chunk_size": 4, "reduce": 2}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "chunk_size": 4}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "n_groups": 2, "conv_taps": 3, "chunk_size": W}),
     ("s4d", {"n_modes": 3, "chunk_size": 4}),
