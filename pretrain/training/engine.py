@@ -198,11 +198,12 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
     All blocks share the code of `Block.forward`, and with it the number of variants that torch
     compiles before it runs the rest eagerly for good: eight, but each kind of layer has one without
-    a state and one with, in training and in evaluation, where the last segment is shorter.
+    a state and one with, in training and in evaluation, where the last segment is shorter. Shapes
+    are static, as in the tests of the mixers: training has one.
     """
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:  # type: ignore[union-attr]
-        block.compile(backend=backend)
+        block.compile(backend=backend, dynamic=False)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
