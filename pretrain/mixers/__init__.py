@@ -9,6 +9,7 @@ from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.bst import BlockStateTransformer
 from pretrain.mixers.gss import GatedStateSpace
 from pretrain.mixers.mamba2 import Mamba2
+from pretrain.mixers.mega import Mega
 from pretrain.mixers.s4d import S4D
 from pretrain.mixers.swa import SlidingWindowAttention
 
@@ -17,6 +18,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "bst": BlockStateTransformer,
     "gss": GatedStateSpace,
     "mamba2": Mamba2,
+    "mega": Mega,
     "s4d": S4D,
     "swa": SlidingWindowAttention,
 }

@@ -88,7 +88,7 @@ class Attention(TokenMixer):
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], 1)
             v = torch.cat([state.v.to(v.dtype), v], 1)
-        y = self._attend(q, k, v, _document_starts(clock, cached))
+        y = self._attend(q, k, v, document_starts(clock, cached))
         return MixerOutput(
             self.out_proj(y.flatten(2)), AttentionState(*clock.after(x), k, v), aux={}
         )
@@ -124,7 +124,7 @@ class Attention(TokenMixer):
         return length * (8 * self.d_model**2 + 4 * self.d_model * length)
 
 
-def _document_starts(clock: Clock, cached: int) -> Tensor | None:
+def document_starts(clock: Clock, cached: int) -> Tensor | None:
     """(B, T): index, in the cache and then the call, of the first token of each token's document.
 
     None when the call begins a document and holds no other.

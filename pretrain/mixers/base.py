@@ -117,7 +117,7 @@ class TokenMixer(nn.Module):
 
     block_size: int = 1
     reset_grid: int = 1
-    constant_state: ClassVar[bool] = True
+    constant_state: bool = True
     two_sided: ClassVar[bool] = False
 
     def clock(self, x: Tensor, state: Any, resets: Tensor | None) -> Clock:

@@ -134,7 +134,7 @@ def _chunk_operators(p: SSMParameters, size: int, dtype: torch.dtype) -> _ChunkO
     return _ChunkOperators(taps, powers, carry_out)
 
 
-def _toeplitz(taps: Tensor) -> Tensor:
+def toeplitz(taps: Tensor) -> Tensor:
     """(D, C) -> (D, C, C), entry [j, i] = taps[i - j] for i >= j, else 0.
 
     Rows repeated with period C + 1 and read with period C shift by one each; no gather, whose
@@ -161,7 +161,7 @@ def _chunks(
     if s is None:
         s = local.new_zeros(channels, batch, modes, 2)
     before, s = _ChunkScan.apply(local, decay, s.to(wide), keep)
-    y = torch.bmm(x, _toeplitz(taps[:, :size]).to(x.dtype))
+    y = torch.bmm(x, toeplitz(taps[:, :size]).to(x.dtype))
     before = before.view(channels, -1, 2 * modes).to(x.dtype)
     y = torch.baddbmm(y, before, carry_out[:, :, :size].to(x.dtype))
     return y.view(channels, batch, length), s

@@ -84,6 +84,55 @@ def s4d(mixer: Any, x: Tensor) -> Tensor:
     return value * gate.sigmoid()
 
 
+def ema(p: Any, u: Tensor) -> Tensor:
+    """The loop of MEGA (2209.10655), as its released code writes the coefficients."""
+    rate = p.delta.sigmoid()
+    decay = 1 - rate * p.alpha.sigmoid()
+    state, outputs = torch.zeros(BATCH, *decay.shape, dtype=u.dtype), []
+    for u_t in u.unbind(1):
+        state = decay * state + rate * p.beta * u_t[..., None]
+        outputs.append((state * p.gamma).sum(-1) / decay.shape[1] ** 0.5 + p.omega * u_t)
+    return torch.stack(outputs, 1)
+
+
+def gated_unit(mixer: Any, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """What MEGA's gated attention adds to the stream; attend(q, k, v) is its owner's."""
+    unit = mixer.unit
+    m = F.silu(ema(mixer.ema, x) if hasattr(mixer, "ema") else ssm(mixer.ssm, x))
+    d_shared, d_value = unit.gain.shape[1], unit.v_proj.out_features
+    z, r, p, u = unit.m_proj(m).split([d_shared, d_value, D_MODEL, D_MODEL], -1)
+    q, k = (F.silu(z) * unit.gain[i] + unit.offset[i] for i in range(2))
+    o = attend(q, k, F.silu(unit.v_proj(x)))
+    y = F.silu(p + (F.silu(r) * o) @ unit.h_proj.weight.T)
+    return u.sigmoid() * (y - x)
+
+
+def mega(mixer: Any, x: Tensor) -> Tensor:
+    query, key, visible = causal()
+    if mixer.chunk_size:
+        visible = visible & (query // W == key // W)
+
+    def attend_by_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        distance = query - key
+        if hasattr(mixer.bias, "table"):  # T5 with distances below 16: one bucket each
+            bias = mixer.bias.table[0][distance.clamp(0, 15)]
+        else:
+            alpha, beta = (
+                rotated(part[:, None].expand(1, LENGTH, -1)[:, :, None], mixer.bias.base)[0, :, 0]
+                for part in (mixer.bias.alpha, mixer.bias.beta)
+            )
+            bias = alpha @ beta.T
+        scores = q @ k.transpose(1, 2)
+        if mixer.weighting == "softmax":
+            scores = scores / q.shape[-1] ** 0.5 + bias
+            return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+        scores = scores / visible.sum(1, keepdim=True) + bias
+        weights = 0.5 * (1 + torch.erf((scores - 0.5**0.5) / (0.5 / torch.pi) ** 0.5))
+        return (weights * visible) @ v
+
+    return gated_unit(mixer, x, attend_by_distance)
+
+
 def bst(mixer: Any, x: Tensor) -> Tensor:
     """[S ; Xc] Wo of 2306.09539, appendix, variant SH."""
     query, key, past = causal()
@@ -137,10 +186,12 @@ DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "bst": bst,
     "gss": gss,
     "mamba2": mamba2,
+    "mega": mega,
     "s4d": s4d,
     "swa": swa,
 }
 BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3, "rotary_base": 100.0}
+MEGA = {"chunk_size": W, "ema_chunk_size": 4, "d_shared": 4, "n_modes": 3}
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"n_heads": 2, "rotary_base": 100.0}),
     ("attention", {"n_heads": 2, "qk_norm": True}),
@@ -149,6 +200,9 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("gss", {"n_modes": 3, "chunk_size": 4, "reduce": 2}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "chunk_size": 4}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "n_groups": 2, "conv_taps": 3, "chunk_size": W}),
+    ("mega", MEGA),
+    ("mega", MEGA | {"weighting": "laplace", "bias": "t5"}),
+    ("mega", MEGA | {"chunk_size": 0, "weighting": "laplace"}),
     ("s4d", {"n_modes": 3, "chunk_size": 4}),
     ("swa", {"n_heads": 2, "window_size": W, "rotary_base": 100.0}),
     ("swa", {"n_heads": 2, "window_size": W, "qk_norm": True}),
@@ -167,7 +221,8 @@ def test_mixer_equals_its_definition(name: str, options: dict[str, Any]) -> None
         for parameter in mixer.parameters():  # initial values are equal over heads and channels
             parameter.add_(0.2 * torch.randn_like(parameter))
     x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64, requires_grad=True)
-    got, want = mixer(x).y, DEFINITIONS[name](mixer, x)
+    output, want = mixer(x), DEFINITIONS[name](mixer, x)
+    got = output.y if output.gate is None else output.gate * (output.y - x)
     torch.testing.assert_close(got, want, rtol=0, atol=SAME_VALUES)
     weights, leaves = torch.randn_like(want), [x, *mixer.parameters()]
     for a, b in zip(

@@ -40,3 +40,21 @@ def test_bst_counts_both_attentions_and_half_the_toeplitz(length: int, reach: st
     # Projections: q, k, v, q2 (4), kc, vc (2), and the output of both attentions (2).
     want = 2 * 8 * D_MODEL**2 + 4 * D_MODEL * seen / length + D_MODEL * (CHUNK + 8 * MODES)
     assert mixer.flops_per_token(length) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("chunk", [W, 0], ids=["chunk", "full"])
+def test_mega_counts_keys_of_the_chunk_and_half_the_toeplitz(length: int, chunk: int) -> None:
+    seen = sum(i % (chunk or length) + 1 for i in range(length)) / length
+    mixer = mixers.build(
+        "mega",
+        d_model=D_MODEL,
+        chunk_size=chunk,
+        ema_chunk_size=CHUNK,
+        d_shared=4,
+        d_value=12,
+        n_modes=MODES,
+    )
+    # Projections: v, r and the way back (3 x 12), p and the gate (2 x 8), z (4).
+    want = 2 * D_MODEL * (3 * 12 + 2 * D_MODEL + 4) + D_MODEL * (CHUNK + 4 * MODES)
+    assert mixer.flops_per_token(length) == pytest.approx(want + 2 * (4 + 12) * seen)

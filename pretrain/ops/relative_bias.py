@@ -1,0 +1,87 @@
+"""Position biases of attention scores as functions of the distance alone.
+
+Shapes: H heads, R distances, I queries, J keys.
+
+A bias is handed to an attention op as one row per head over the distances 0 .. R - 1, and becomes a
+matrix only there, as a view: a Toeplitz matrix is a reversed row read at every offset.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def t5_buckets(distance: Tensor, n_buckets: int = 32, max_distance: int = 128) -> Tensor:
+    """The bucket of each distance >= 0 looking back (Raffel et al. 2020, 1910.10683).
+
+    One bucket per distance up to n_buckets / 2, then logarithmically wider ones up to
+    `max_distance`, beyond which all share the last.
+    """
+    exact = n_buckets // 2
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (far * (n_buckets - exact)).long()).clamp(max=n_buckets - 1)
+    return torch.where(distance < exact, distance, far)
+
+
+class T5Bias(nn.Module):
+    """A learned scalar per head and bucket, this layer's own table.
+
+    Args:
+        n_heads: H.
+        n_buckets: rows of the table.
+        max_distance: where the last bucket begins.
+    """
+
+    def __init__(self, n_heads: int, n_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        self.n_buckets, self.max_distance = n_buckets, max_distance
+        self.table = nn.Parameter(torch.zeros(n_heads, n_buckets))
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """(R,) int64 >= 0 -> (H, R)."""
+        return self.table[:, t5_buckets(distances, self.n_buckets, self.max_distance)]
+
+
+class RotaryBias(nn.Module):
+    """MEGA's rotary bias: the inner product of one learned vector at i and another at j, rotated.
+
+    Args:
+        n_heads: H.
+        width: of the vectors, even.
+        base: of the rotary wavelengths.
+    """
+
+    def __init__(self, n_heads: int, width: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.base = base
+        self.alpha = nn.Parameter(0.02 * torch.randn(n_heads, width))
+        self.beta = nn.Parameter(0.02 * torch.randn(n_heads, width))
+
+    def forward(self, distances: Tensor) -> Tensor:
+        """(R,) int64 >= 0 -> (H, R)."""
+        pairs = self.alpha.shape[1] // 2
+        exponents = torch.arange(pairs, dtype=torch.float64, device=distances.device) / pairs
+        # fp64: an angle at a distance of 2^20 is off by 0.04 rad in fp32.
+        angles = torch.outer(self.base**-exponents, distances.double())
+        cos, sin = angles.cos().to(self.alpha.dtype), angles.sin().to(self.alpha.dtype)
+        (a, b), (c, d) = self.alpha.chunk(2, 1), self.beta.chunk(2, 1)
+        return (a * c + b * d) @ cos + (a * d - b * c) @ sin
+
+
+def toeplitz_bias(bias: Tensor, queries: int, keys: int, newest: int) -> Tensor:
+    """The bias of each query and key.
+
+    Args:
+        bias: (H, R), R > `newest`.
+        queries: I consecutive queries.
+        keys: J consecutive keys.
+        newest: distance from the last query to the first key.
+
+    Returns:
+        (H, I, J); entries of keys that lie ahead of their query mean nothing.
+    """
+    # Row i is the reversed bias from place I - 1 - i on; zeros stand for keys ahead of the query.
+    ahead = max(0, queries + keys - 2 - newest)
+    row = torch.cat([bias[:, : newest + 1].flip(1), bias.new_zeros(bias.shape[0], ahead)], 1)
+    return row.unfold(1, keys, 1)[:, :queries].flip(1)
