@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain.mixers.base import Clock, MixerOutput, TokenMixer
 from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.relative_position import T5RelativeBias
 
 # Rows of the score matrix that are alive at once where a mask is needed.
 QUERY_BLOCK = 512
@@ -37,6 +38,17 @@ def check_heads(mixer: str, d_model: int, n_heads: int) -> int:
             f"(rotary positions turn pairs): choose another n_heads"
         )
     return d_model // n_heads
+
+
+def position_bias(mixer: str, position: str, n_heads: int) -> T5RelativeBias | None:
+    """The table of T5's relative positions; None for rotary ones.
+
+    Raises:
+        ValueError: no such kind of positions.
+    """
+    if position not in ("rotary", "t5"):
+        raise ValueError(f"{mixer}.position={position!r} is unknown: choose rotary or t5")
+    return T5RelativeBias(n_heads) if position == "t5" else None
 
 
 class AttentionState(NamedTuple):

@@ -14,9 +14,10 @@ The paper's: the equations above, one SSM filter per channel with a dense lift t
 inside Wkc and Wvc), L2-normalised q, k, q2, kc with separate learned scales per head, no position
 in the cross-attention. Ours: the SSM is diagonal (S4D-Lin, zero-order hold) where the paper has S4
 (NPLR); scales start at sqrt(K) instead of 1, which starts almost uniform; rotary positions in the
-self-attention instead of a T5 bias; the SSM reads the normed input (the paper's text leaves it
-open); `self_attention="own_and_previous"` by default (open too), which makes it comparable to a
-sliding window. The normalisation and the residual belong to the block around the mixer.
+self-attention by default (`position="t5"` is the paper's); the SSM reads the normed input (the
+paper's text leaves it open); `self_attention="own_and_previous"` by default (open too), which makes
+it comparable to a sliding window. The normalisation and the residual belong to the block around the
+mixer.
 """
 
 from typing import Literal, NamedTuple
@@ -24,7 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.mixers.attention import check_heads, qk_scale
+from pretrain.mixers.attention import check_heads, position_bias, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.s4d import (
     UNDECAYED,
@@ -67,6 +68,7 @@ class BlockStateTransformer(TokenMixer):
         dt_max: largest initial SSM step size.
         init: initial SSM spectrum, see `DiagonalSSM`.
         chunk_size: tokens per SSM chunk, a divisor of `block_size`; speed only.
+        position: of the self-attention: "rotary", or "t5" for T5's bias by bucket of distance.
         rotary_base: base of the rotary wavelengths.
     """
 
@@ -84,6 +86,7 @@ class BlockStateTransformer(TokenMixer):
         dt_max: float = 1e-1,
         init: Init = "lin",
         chunk_size: int = 64,
+        position: Literal["rotary", "t5"] = "rotary",
         rotary_base: float = 10_000.0,
     ) -> None:
         super().__init__()
@@ -106,6 +109,7 @@ class BlockStateTransformer(TokenMixer):
         self.block_size = self.reset_grid = block_size
         self.self_attention: Literal["own", "own_and_previous"] = self_attention
         self.chunk_size, self.rotary_base = chunk_size, rotary_base
+        self.position_bias = position_bias("bst", position, n_heads)
         self.ssm = DiagonalSSM(
             d_model,
             n_modes=n_modes,
@@ -134,15 +138,18 @@ class BlockStateTransformer(TokenMixer):
 
         offset, fresh = clock.phase % self.block_size, clock.fresh_blocks(self.block_size)
         cached, base = k.shape[1] - q.shape[1], self.rotary_base
+        bias = None if self.position_bias is None else self.position_bias(2 * self.block_size)
+        starts = (cached, 0) if bias is None else (None, None)
         own = window_attention(
-            prepare_heads(q, normalize=True, scale=self.qk_scale, start=cached, base=base),
-            prepare_heads(k, normalize=True, start=0, base=base),
+            prepare_heads(q, normalize=True, scale=self.qk_scale, start=starts[0], base=base),
+            prepare_heads(k, normalize=True, start=starts[1], base=base),
             v,
             block_size=self.block_size,
             reach=self.self_attention,
             offset=offset,
             fresh=fresh,
             scale=1.0,
+            bias=bias,
         )
         context = window_attention(
             prepare_heads(q2, normalize=True, scale=self.context_scale),

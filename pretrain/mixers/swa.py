@@ -6,13 +6,13 @@ Exactly W at every token and not a block approximation: the window of the first 
 as long as that of the last.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.mixers.attention import check_heads, qk_scale
+from pretrain.mixers.attention import check_heads, position_bias, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.ops.normalization import prepare_heads
 from pretrain.ops.window_attention import window_attention
@@ -36,6 +36,7 @@ class SlidingWindowAttention(TokenMixer):
         n_heads: attention heads.
         window_size: visible tokens, the present one included; documents begin on its multiples.
         qk_norm: L2-normalise queries and keys, with a learned scale per head.
+        position: "rotary", or "t5" for T5's bias by bucket of distance.
         rotary_base: base of the rotary wavelengths.
     """
 
@@ -46,6 +47,7 @@ class SlidingWindowAttention(TokenMixer):
         n_heads: int = 8,
         window_size: int = 512,
         qk_norm: bool = False,
+        position: Literal["rotary", "t5"] = "rotary",
         rotary_base: float = 10_000.0,
     ) -> None:
         super().__init__()
@@ -55,6 +57,7 @@ class SlidingWindowAttention(TokenMixer):
         self.block_size = self.reset_grid = window_size
         self.head_dim = check_heads("swa", d_model, n_heads)
         self.rotary_base = rotary_base
+        self.position_bias = position_bias("swa", position, n_heads)
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.qk_scale = qk_scale(n_heads, self.head_dim) if qk_norm else None
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
@@ -69,15 +72,18 @@ class SlidingWindowAttention(TokenMixer):
             v = torch.cat([state.v.to(v.dtype), v], 1)
         cached = k.shape[1] - q.shape[1]
         normalize, base = self.qk_scale is not None, self.rotary_base
+        bias = None if self.position_bias is None else self.position_bias(self.window_size)
+        starts = (cached, 0) if bias is None else (None, None)
         y = window_attention(
-            prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=cached, base=base),
-            prepare_heads(k, normalize=normalize, start=0, base=base),
+            prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=starts[0], base=base),
+            prepare_heads(k, normalize=normalize, start=starts[1], base=base),
             v,
             block_size=self.window_size,
             reach="window",
             offset=clock.phase % self.window_size,
             fresh=clock.fresh_blocks(self.window_size),
             scale=1.0 if self.qk_scale is not None else None,
+            bias=bias,
         )
         kept = (last_tokens(part, self.window_size) for part in (k, v))
         state = WindowState(*clock.after(x), *kept)

@@ -20,6 +20,7 @@ from pretrain.mixers import TokenMixer, build
 from pretrain.models.block import Block
 from pretrain.models.layers import MLPS, RMSNorm
 from pretrain.ops.cross_entropy import CrossEntropy, linear_cross_entropy
+from pretrain.ops.relative_position import T5RelativeBias
 
 
 @dataclass
@@ -247,6 +248,12 @@ class LanguageModel(nn.Module):
         if config.tie_embeddings:
             # One Parameter in two modules, which is what ZeRO-3 understands.
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
+        # All layers read one table of T5's biases (per number of heads).
+        tables: dict[torch.Size, nn.Parameter] = {}
+        for module in self.modules():
+            if isinstance(module, T5RelativeBias):
+                table = cast(nn.Parameter, module.table.weight)
+                module.table.weight = tables.setdefault(table.shape, table)
         layers = self._mixers()
         self.reset_grid = config.reset_grid or math.lcm(*(layer.block_size for layer in layers))
         for layer in layers:
@@ -346,14 +353,23 @@ class LanguageModel(nn.Module):
             layers[layer].update_buffers(share)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by layer kind; the values sum to the model's size, a tied head counts 0."""
-        counts: dict[str, int] = {"embedding": _size(self.embedding)}
+        """Parameters by layer kind; the values sum to the model's size. A parameter that several
+        layers share, or a tied head, counts where it is first met."""
+        counted: set[int] = set()
+
+        def size(*modules: nn.Module) -> int:
+            new = {id(p): p.numel() for module in modules for p in module.parameters()}
+            total = sum(numel for key, numel in new.items() if key not in counted)
+            counted.update(new)
+            return total
+
+        counts: dict[str, int] = {"embedding": size(self.embedding)}
         for block in self._blocks():
-            counts[block.kind] = counts.get(block.kind, 0) + _size(block.mixer)
-        counts["mlp"] = sum(_size(block.mlp) for block in self._blocks())
-        norms = sum(_size(b.mixer_norm) + _size(b.mlp_norm) for b in self._blocks())
-        counts["norm"] = norms + _size(self.norm)
-        counts["head"] = 0 if self.config.tie_embeddings else _size(self.head)
+            counts[block.kind] = counts.get(block.kind, 0) + size(block.mixer)
+        counts["mlp"] = size(*(block.mlp for block in self._blocks()))
+        norms = [norm for block in self._blocks() for norm in (block.mixer_norm, block.mlp_norm)]
+        counts["norm"] = size(*norms, self.norm)
+        counts["head"] = size(self.head)
         return counts
 
     def flops_per_token(self, seq_len: int) -> dict[str, float]:

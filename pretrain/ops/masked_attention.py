@@ -23,7 +23,8 @@ def masked_attention(
         q: queries.
         k: keys.
         v: values.
-        mask: (T, S) or (B, 1, T, S) bool, True where visible; None: causal, with T == S.
+        mask: broadcasts to (B, H, T, S): bool, True where visible, or what is added to the scores,
+            in the dtype of q; None: causal, with T == S.
         scale: of the scores; None: 1 / sqrt(K).
 
     Returns:

@@ -14,7 +14,7 @@ elsewhere), `window_attention_sdpa` and the naive twin. Masked weights are exact
 token cannot change a single bit of the past.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.ops.masked_attention import masked_attention
-from pretrain.ops.numerics import no_autocast
+from pretrain.ops.numerics import no_autocast, wide_dtype
 
 Reach = Literal["window", "own", "own_and_previous"]
 
@@ -42,6 +42,7 @@ def window_attention(
     offset: int = 0,
     fresh: Tensor | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries that continue a stream.
 
@@ -55,13 +56,23 @@ def window_attention(
         fresh: (B, blocks touched) bool, True where a document begins with that block, which then
             sees nothing before itself; (B, 1) speaks of the first block only; None: no block does.
         scale: of the scores; None: 1 / sqrt(K).
+        bias: (H, R) what is added to the scaled score of a key 0 .. R - 1 tokens back; R covers
+            every visible distance; at least fp32.
 
     Returns:
         (B, T, H, K).
     """
     form = _window_attention_matmul if q.device.type == "cpu" else window_attention_sdpa
     return form(
-        q, k, v, block_size=block_size, reach=reach, offset=offset, fresh=fresh, scale=scale
+        q,
+        k,
+        v,
+        block_size=block_size,
+        reach=reach,
+        offset=offset,
+        fresh=fresh,
+        scale=scale,
+        bias=bias,
     )
 
 
@@ -75,6 +86,7 @@ def window_attention_sdpa(
     offset: int = 0,
     fresh: Tensor | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One fused kernel for all whole blocks, at the price of copying each key twice."""
     length, cached = q.shape[1], k.shape[1] - q.shape[1]
@@ -88,6 +100,11 @@ def window_attention_sdpa(
         queries = q[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)
         flags = fresh[:, block : block + count] if fresh is not None else None
         mask = _visible(reach, block_size, at, back, size, flags, q.device)
+        if bias is not None:
+            if mask is None:
+                mask = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_()
+            # (H, size, keys), or with flags (B * blocks, H, size, keys): flags cost memory here.
+            mask = _bias_block(bias, at, back, size).to(q.dtype).masked_fill(~mask, -torch.inf)
         y = masked_attention(queries, keys.transpose(1, 2), values.transpose(1, 2), mask, scale)
         outputs.append(y.transpose(1, 2).unflatten(0, (-1, count)).flatten(1, 2))
         block += count
@@ -149,6 +166,18 @@ def _visible(
     return (visible & ~hidden).unsqueeze(1)
 
 
+def _bias_block(bias: Tensor, at: int, back: int, size: int) -> Tensor:
+    """(H, R) by distance -> (H, size, keys), entry [i, j] of distance at + back + i - j.
+
+    Every row is a window on one vector, shifted by one; no gather, whose backward would be a
+    scatter. Distances that no key has or sees (below 0, from R on) get 0.
+    """
+    keys = back + at + size
+    known = bias[:, :keys]
+    vector = F.pad(known, (size - 1, keys - known.shape[1])).flip(1)
+    return vector.unfold(1, keys, 1).flip(1)
+
+
 def _window_attention_matmul(
     q: Tensor,
     k: Tensor,
@@ -159,6 +188,7 @@ def _window_attention_matmul(
     offset: int = 0,
     fresh: Tensor | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Block by block with plain matmuls: no copies of keys, scores that fit the cache.
 
@@ -166,10 +196,43 @@ def _window_attention_matmul(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    blocks = _blocks(q, k, block_size, reach, offset)
+    biases: dict[tuple[int, int, int], Tensor] = {}
+    if bias is not None:
+        biases = {block.shape: bias for block in blocks}  # the same for all whole blocks
+        biases = {shape: _bias_block(bias, *shape) for shape in biases}
+    inputs = (q, k, v, *biases.values())
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with no_autocast(q):
-        y = _BlockAttention.apply(q, k, v, block_size, reach, offset, fresh, scale, needs_gradient)
+        y = _BlockAttention.apply(
+            q,
+            k,
+            v,
+            blocks,
+            block_size,
+            reach,
+            fresh,
+            scale,
+            needs_gradient,
+            tuple(biases),
+            *biases.values(),
+        )
     return y.transpose(1, 2)
+
+
+class _Block(NamedTuple):
+    """Queries of one block and the keys they may see; `at` is the place of the first query in its
+    block and `back` counts the keys before the block."""
+
+    queries: slice
+    keys: slice
+    at: int
+    back: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(at, back, queries)."""
+        return self.at, self.back, self.queries.stop - self.queries.start
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -179,32 +242,36 @@ class _BlockAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        blocks: list[_Block],
         block_size: int,
         reach: Reach,
-        offset: int,
         fresh: Tensor | None,
         scale: float,
         needs_gradient: bool,
+        shapes: tuple[tuple[int, int, int], ...],
+        *biases: Tensor,
     ):
-        """q (B, H, T, K), k and v (B, H, M + T, K)."""
+        """q (B, H, T, K), k and v (B, H, M + T, K), biases (H, queries, keys) by block shape."""
         q, k, v = (x.contiguous() for x in (q * scale, k, v))
         y = torch.empty_like(q)
-        blocks, saved = _blocks(q, k, block_size, reach, offset), []
-        for index, (queries, keys, at, back) in enumerate(blocks):
-            size = queries.stop - queries.start
+        bias, saved = dict(zip(shapes, biases, strict=True)), []
+        for index, block in enumerate(blocks):
+            at, back, size = block.shape
             flags = None
             if fresh is not None and index < fresh.shape[1]:
                 flags = fresh[:, index : index + 1]
             visible = _visible(reach, block_size, at, back, size, flags, q.device)
-            scores = q[:, :, queries] @ k[:, :, keys].transpose(2, 3)
+            scores = q[:, :, block.queries] @ k[:, :, block.keys].transpose(2, 3)
             if visible is None:
                 visible = scores.new_ones(size, size, dtype=torch.bool).tril_()
+            if bias:
+                scores += bias[block.shape].to(scores.dtype)
             weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
-            y[:, :, queries] = weights @ v[:, :, keys]
+            y[:, :, block.queries] = weights @ v[:, :, block.keys]
             if needs_gradient:
                 saved.append(weights)
         ctx.save_for_backward(q, k, v, *saved)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.blocks, ctx.scale, ctx.shapes = blocks, scale, shapes
         return y
 
     @staticmethod
@@ -212,20 +279,24 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx, d_y: Tensor):
         q, k, v, *saved = ctx.saved_tensors
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (queries, keys, _, _), weights in zip(ctx.blocks, saved, strict=True):
+        d_bias: dict[tuple[int, int, int], Tensor] = {}
+        for block, weights in zip(ctx.blocks, saved, strict=True):
+            queries, keys = block.queries, block.keys
             d = d_y[:, :, queries].contiguous()
             d_v[:, :, keys] += weights.transpose(2, 3) @ d
             d_weights = d @ v[:, :, keys].transpose(2, 3)
             d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_q[:, :, queries] = (d_scores @ k[:, :, keys]).mul_(ctx.scale)
             d_k[:, :, keys] += d_scores.transpose(2, 3) @ q[:, :, queries]
-        return d_q, d_k, d_v, None, None, None, None, None, None
+            if ctx.shapes:
+                wide = wide_dtype(d_scores)
+                d_bias[block.shape] = d_scores.sum(0, dtype=wide) + d_bias.get(block.shape, 0)
+        biases = [d_bias[shape] for shape in ctx.shapes]
+        return d_q, d_k, d_v, None, None, None, None, None, None, None, *biases
 
 
-def _blocks(
-    q: Tensor, k: Tensor, block_size: int, reach: Reach, offset: int
-) -> list[tuple[slice, slice, int, int]]:
-    """For each block: its queries, its keys, the place of its first query, the keys in front."""
+def _blocks(q: Tensor, k: Tensor, block_size: int, reach: Reach, offset: int) -> list[_Block]:
+    """q (B, H, T, K), k (B, H, M + T, K)."""
     cached, blocks = k.shape[2] - q.shape[2], []
     for start, stop, size in _query_runs(q.shape[2], offset, block_size):
         at = offset if start == 0 else 0
@@ -233,7 +304,7 @@ def _blocks(
         for first in range(start, stop, size):
             last = cached + first + size
             keys = slice(cached + first - at - back, last)
-            blocks.append((slice(first, first + size), keys, at, back))
+            blocks.append(_Block(slice(first, first + size), keys, at, back))
     return blocks
 
 
@@ -247,6 +318,7 @@ def window_attention_naive(
     offset: int = 0,
     fresh: Tensor | None = None,
     scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """One dense masked softmax over all keys: the definition. Signature of `window_attention`."""
     length, cached = q.shape[1], k.shape[1] - q.shape[1]
@@ -268,5 +340,7 @@ def window_attention_naive(
     scores = torch.einsum("bthk,bshk->bhts", q, k) * (
         q.shape[-1] ** -0.5 if scale is None else scale
     )
+    if bias is not None:
+        scores = scores + bias[:, (query - key).clamp(0, bias.shape[1] - 1)]
     weights = scores.masked_fill(~visible.unsqueeze(1), -torch.inf).softmax(-1)
     return torch.einsum("bhts,bshk->bthk", weights, v)

@@ -30,6 +30,7 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "bst": {
         "own_and_previous": BST,
         "own": BST | {"self_attention": "own"},
+        "t5": BST | {"position": "t5"},
     },
     "gss": {
         # Not narrower: a LayerNorm over two numbers has little but their order to pass on.
@@ -53,6 +54,7 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "swa": {
         "rotary": {"n_heads": 2, "window_size": W},
         "qk_norm": {"n_heads": 2, "window_size": W, "qk_norm": True},
+        "t5": {"n_heads": 2, "window_size": W, "position": "t5"},
     },
 }
 ROWS = [(name, variant) for name, variants in TABLE.items() for variant in variants]

@@ -6,6 +6,7 @@ equation. Here is the oracle: fp64, one document, dense masks, complex numbers, 
 Shapes: B batch, T time, D width, H heads, K head width, N modes. W is the window and block size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,24 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """softmax(q k^T) v with visible (T, T)."""
-    scores = torch.einsum("bthk,bshk->bhts", q, k).masked_fill(~visible, -torch.inf)
+def placed(mixer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Queries and keys with rotary positions, or T5's bias (1910.10683): 16 exact buckets, then 16
+    of ratio 8^(1/16)."""
+    if mixer.position_bias is None:
+        return rotated(q, mixer.rotary_base), rotated(k, mixer.rotary_base), 0.0
+    bias = torch.empty(q.shape[2], LENGTH, LENGTH, dtype=q.dtype)
+    for i in range(LENGTH):
+        for j in range(LENGTH):
+            distance = max(i - j, 0)
+            row = distance if distance < 16 else 16 + int(16 * math.log(distance / 16, 8))
+            bias[:, i, j] = mixer.position_bias.table.weight[row]
+    return q, k, bias
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """softmax(q k^T + bias) v with visible (T, T)."""
+    scores = torch.einsum("bthk,bshk->bhts", q, k) + bias
+    scores = scores.masked_fill(~visible, -torch.inf)
     return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
 
 
@@ -51,20 +67,25 @@ def causal() -> tuple[Tensor, Tensor, Tensor]:
     return query, key, key <= query
 
 
-def attention(mixer: Any, x: Tensor, visible: Tensor | None = None) -> Tensor:
+def attention(mixer: Any, x: Tensor) -> Tensor:
     q, k, v = heads(x, mixer.qkv_proj.weight, 3, mixer.n_heads)
-    if mixer.qk_scale is None:
-        q = q / q.shape[-1] ** 0.5
-    else:
-        q, k = unit(q) * mixer.qk_scale[:, None], unit(k)
+    q, k = scaled(mixer, q, k)
     q, k = rotated(q, mixer.rotary_base), rotated(k, mixer.rotary_base)
-    y = attend(q, k, v, causal()[2] if visible is None else visible)
-    return y.flatten(2) @ mixer.out_proj.weight.T
+    return attend(q, k, v, causal()[2]).flatten(2) @ mixer.out_proj.weight.T
+
+
+def scaled(mixer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if mixer.qk_scale is None:
+        return q / q.shape[-1] ** 0.5, k
+    return unit(q) * mixer.qk_scale[:, None], unit(k)
 
 
 def swa(mixer: Any, x: Tensor) -> Tensor:
     query, key, past = causal()
-    return attention(mixer, x, past & (query - key < W))
+    q, k, v = heads(x, mixer.qkv_proj.weight, 3, mixer.n_heads)
+    q, k, bias = placed(mixer, *scaled(mixer, q, k))
+    y = attend(q, k, v, past & (query - key < W), bias)
+    return y.flatten(2) @ mixer.out_proj.weight.T
 
 
 def ssm(p: Any, u: Tensor) -> Tensor:
@@ -142,8 +163,8 @@ def bst(mixer: Any, x: Tensor) -> Tensor:
         seen = past & (query // W - key // W <= 1)
     q, k, v, q2 = heads(x, mixer.qkv_proj.weight, 4, mixer.n_heads)
     kc, vc = heads(ssm(mixer.ssm, x), mixer.context_proj.weight, 2, mixer.n_heads)
-    q, k = (rotated(unit(part), mixer.rotary_base) for part in (q, k))
-    inside = attend(q * mixer.qk_scale[:, None], k, v, seen)
+    q, k, bias = placed(mixer, *scaled(mixer, q, k))
+    inside = attend(q, k, v, seen, bias)
     context = attend(unit(q2) * mixer.context_scale[:, None], unit(kc), vc, own)
     return torch.cat([inside.flatten(2), context.flatten(2)], -1) @ mixer.out_proj.weight.T
 
@@ -197,6 +218,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"n_heads": 2, "qk_norm": True}),
     ("bst", BST),
     ("bst", BST | {"self_attention": "own"}),
+    ("bst", BST | {"position": "t5"}),
     ("gss", {"n_modes": 3, "chunk_size": 4, "reduce": 2}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "chunk_size": 4}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "n_groups": 2, "conv_taps": 3, "chunk_size": W}),
@@ -206,6 +228,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("s4d", {"n_modes": 3, "chunk_size": 4}),
     ("swa", {"n_heads": 2, "window_size": W, "rotary_base": 100.0}),
     ("swa", {"n_heads": 2, "window_size": W, "qk_norm": True}),
+    ("swa", {"n_heads": 2, "window_size": W, "position": "t5"}),
 ]
 
 

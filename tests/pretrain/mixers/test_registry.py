@@ -11,6 +11,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("swa", {"windw_size": 8}, "did you mean 'window_size'"),
     ("swa", {"window_size": 0}, "at least 1 token"),
     ("swa", {"n_heads": 3}, "does not divide d_model=8"),
+    ("swa", {"n_heads": 2, "position": "alibi"}, "choose rotary or t5"),
     ("attention", {"n_heads": 8}, "heads of even width"),
     ("bst", {"n_heads": 2, "block_size": 8, "chunk_size": 3}, "does not divide block_size=8"),
     ("bst", {"n_heads": 2, "variant": "xx"}, "bst.variant='xx'"),

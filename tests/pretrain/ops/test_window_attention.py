@@ -32,21 +32,31 @@ def qkv(length: int, cached: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("form", [window_attention, window_attention_sdpa], ids=["cpu", "sdpa"])
-@pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 3 * W + 3])
+@pytest.mark.parametrize(
+    ("length", "biased"),
+    [*((n, False) for n in (1, W - 1, W, W + 1, 3 * W + 3)), (W - 1, True), (3 * W + 3, True)],
+)
 @pytest.mark.parametrize("offset", [None, 0, 3], ids=lambda o: f"offset {o}")
 def test_blocked_forms_equal_dense_masked_softmax(
-    form, reach: Reach, length: int, offset: int | None, dtype: torch.dtype
+    form, reach: Reach, length: int, offset: int | None, biased: bool, dtype: torch.dtype
 ) -> None:
     cached = 0 if offset is None else cached_keys(reach, W, offset)
     tensors = qkv(length, cached, dtype)
+    if biased:
+        generator = torch.Generator().manual_seed(3)
+        bias = torch.randn(HEADS, W if reach != "own_and_previous" else 2 * W, generator=generator)
+        tensors.append(bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_())
     arguments = {"block_size": W, "reach": reach, "offset": offset or 0}
     blocks = -(-((offset or 0) + length) // W)
     flags = torch.rand(BATCH, blocks, generator=torch.Generator().manual_seed(1)) < 0.5
     cases = [flags, flags[:, :1]] if offset is not None else [flags, None]
     for fresh in cases:
-        y = form(*tensors, fresh=fresh, **arguments)
+        q, k, v, *rest = tensors
+        y = form(q, k, v, fresh=fresh, bias=rest[0] if rest else None, **arguments)
         wide = [t.detach().to(torch.float64).requires_grad_() for t in tensors]
-        want = window_attention_naive(*wide, fresh=fresh, **arguments)
+        q, k, v, *rest = wide
+        bias = rest[0] if rest else None
+        want = window_attention_naive(q, k, v, fresh=fresh, bias=bias, **arguments)
         weights = torch.randn(want.shape, generator=torch.Generator().manual_seed(2)).double()
         got = [y, *torch.autograd.grad((y.double() * weights).sum(), tensors)]
         wanted = [want, *torch.autograd.grad((want * weights).sum(), wide)]
