@@ -10,6 +10,7 @@ from pretrain.mixers.bst import BlockStateTransformer
 from pretrain.mixers.gss import GatedStateSpace
 from pretrain.mixers.mamba2 import Mamba2
 from pretrain.mixers.mega import Mega
+from pretrain.mixers.s4 import S4
 from pretrain.mixers.s4d import S4D
 from pretrain.mixers.swa import SlidingWindowAttention
 
@@ -19,6 +20,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "gss": GatedStateSpace,
     "mamba2": Mamba2,
     "mega": Mega,
+    "s4": S4,
     "s4d": S4D,
     "swa": SlidingWindowAttention,
 }
@@ -32,7 +34,7 @@ def names() -> list[str]:
 
 
 def options(name: str) -> dict[str, Any]:
-    """The options of a mixer and their defaults.
+    """The options of a mixer and their defaults; `causal` is the model's to say.
 
     Raises:
         ValueError: no such mixer.
@@ -43,7 +45,7 @@ def options(name: str) -> dict[str, Any]:
     return {
         key: parameter.default
         for key, parameter in signature.parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key != "causal"
     }
 
 

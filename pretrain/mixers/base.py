@@ -113,12 +113,33 @@ class TokenMixer(nn.Module):
         reset_grid: the model's grid, the least common multiple over its layers, set by the model.
         constant_state: False when the state grows with the context (full attention's cache).
         two_sided: True when the constructor takes `causal=False`.
+        causal: False in an encoder. Such a mixer reads whole sequences, one per lane: it takes no
+            state and no resets, returns no state, and its forward has `padding`, (B, T) bool, True
+            where a lane has no token; what it makes there means nothing.
     """
 
     block_size: int = 1
     reset_grid: int = 1
     constant_state: bool = True
     two_sided: ClassVar[bool] = False
+    causal: bool = True
+
+    def check_sides(self, state: Any, resets: Tensor | None, padding: Tensor | None) -> None:
+        """Refuses what only the other kind of use has a meaning for.
+
+        Raises:
+            ValueError: state or resets in an encoder, padding in a decoder.
+        """
+        if not self.causal and (state is not None or resets is not None):
+            raise ValueError(
+                "causal=False reads whole sequences, one per lane: it has no state to carry and "
+                "no documents to separate, call it without state and resets"
+            )
+        if self.causal and padding is not None:
+            raise ValueError(
+                "padding is for causal=False: in causal use pads stand behind the tokens, which "
+                "never see them; call without padding"
+            )
 
     def clock(self, x: Tensor, state: Any, resets: Tensor | None) -> Clock:
         """Reads the state's place on the grid and checks `resets` against it.

@@ -154,6 +154,11 @@ class LanguageModelConfig:
         options = self.mixers.get(name) or {}
         if not isinstance(options, dict):
             raise ValueError(f"{name}={options!r} must be a mapping of options, {name}: {{...}}")
+        if "causal" in options:
+            raise ValueError(
+                f"{name}.causal={options['causal']!r}: a decoder is causal, and two-sided mixers "
+                f"would see the tokens they are to predict; leave it out"
+            )
         return build(name, d_model=self.d_model, **options)
 
 

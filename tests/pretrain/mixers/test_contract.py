@@ -46,6 +46,9 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "laplace": MEGA | {"weighting": "laplace", "bias": "t5"},
         "full": MEGA | {"chunk_size": 0, "weighting": "laplace"},
     },
+    "s4": {
+        "legs": {"n_modes": 3, "chunk_size": 4},
+    },
     "s4d": {
         "lin": {"n_modes": 3, "chunk_size": 4},
         "legs": {"n_modes": 3, "chunk_size": 4, "init": "legs"},

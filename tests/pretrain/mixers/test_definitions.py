@@ -154,6 +154,25 @@ def mega(mixer: Any, x: Tensor) -> Tensor:
     return gated_unit(mixer, x, attend_by_distance)
 
 
+def s4(mixer: Any, x: Tensor) -> Tensor:
+    """Bilinear steps of A = diag(Lambda) - p p^* on all 2N modes, conjugates too (2111.00396)."""
+    p = mixer.ssm
+    pairs = [torch.complex(-p.log_A_real.exp(), p.A_imag)]
+    pairs += [torch.view_as_complex(part) for part in (p.P, p.B, p.C)]
+    eigenvalues, low_rank, b, c = (torch.cat([part, part.conj()], -1) for part in pairs)
+    a = torch.diag_embed(eigenvalues) - low_rank[:, :, None] * low_rank[:, None].conj()
+    half = p.log_dt.exp()[:, None, None] / 2 * a
+    backward = torch.linalg.inv(torch.eye(a.shape[-1]) - half)
+    step = backward @ (torch.eye(a.shape[-1]) + half)
+    b = (backward @ (p.log_dt.exp()[:, None] * b)[..., None])[..., 0]
+    state, outputs = torch.zeros(BATCH, *b.shape, dtype=b.dtype), []
+    for u_t in x.unbind(1):
+        state = torch.einsum("dmn,bdn->bdm", step, state) + b * u_t[..., None]
+        outputs.append((c * state).sum(-1).real + p.D * u_t)
+    value, gate = (F.gelu(torch.stack(outputs, 1)) @ mixer.out_proj.weight.T).chunk(2, -1)
+    return value * gate.sigmoid()
+
+
 def bst(mixer: Any, x: Tensor) -> Tensor:
     """[S ; Xc] Wo of 2306.09539, appendix, variant SH."""
     query, key, past = causal()
@@ -208,6 +227,7 @@ DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gss": gss,
     "mamba2": mamba2,
     "mega": mega,
+    "s4": s4,
     "s4d": s4d,
     "swa": swa,
 }
@@ -225,6 +245,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("mega", MEGA),
     ("mega", MEGA | {"weighting": "laplace", "bias": "t5"}),
     ("mega", MEGA | {"chunk_size": 0, "weighting": "laplace"}),
+    ("s4", {"n_modes": 3, "chunk_size": 4}),
     ("s4d", {"n_modes": 3, "chunk_size": 4}),
     ("swa", {"n_heads": 2, "window_size": W, "rotary_base": 100.0}),
     ("swa", {"n_heads": 2, "window_size": W, "qk_norm": True}),

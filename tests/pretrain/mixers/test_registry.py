@@ -35,6 +35,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("s4d", {"dt_min": 0.1, "dt_max": 0.01}, "0 < dt_min <= dt_max"),
     ("s4d", {"n_modes": 0}, "must be at least 1"),
     ("s4d", {"chunk_size": 0}, "at least 1 token"),
+    ("s4", {"chunk_size": 0}, "at least 1 token"),
+    ("s4", {"dt_min": 0.0}, "0 < dt_min <= dt_max"),
     ("swa", {"window_size": "abc"}, "swa.window_size='abc' must be of type int, .* not str"),
     ("swa", {"n_heads": None}, "type int, .* not NoneType"),
     ("swa", {"n_heads": 2.0}, "type int, .* not float"),
