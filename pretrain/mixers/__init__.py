@@ -13,6 +13,7 @@ from pretrain.mixers.mega import Mega
 from pretrain.mixers.s4 import S4
 from pretrain.mixers.s4d import S4D
 from pretrain.mixers.swa import SlidingWindowAttention
+from pretrain.mixers.transformer_ls import TransformerLS
 
 MIXERS: dict[str, type[TokenMixer]] = {
     "attention": Attention,
@@ -23,6 +24,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "s4": S4,
     "s4d": S4D,
     "swa": SlidingWindowAttention,
+    "transformer_ls": TransformerLS,
 }
 
 __all__ = ["MIXERS", "MixerOutput", "TokenMixer", "build", "names", "options"]

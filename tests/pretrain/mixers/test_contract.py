@@ -22,6 +22,7 @@ RAGGED = 3 * W + 3  # ends inside a block
 BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3}
 MAMBA2 = {"head_dim": 4, "d_state": 3, "chunk_size": 4}
 MEGA = {"chunk_size": W, "ema_chunk_size": 4, "d_shared": 4, "n_modes": 3}
+LONG_SHORT = {"n_heads": 2, "window_size": W, "chunk_size": 4, "kept_chunks": 3}
 TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
         "rotary": {"n_heads": 2},
@@ -58,6 +59,11 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "rotary": {"n_heads": 2, "window_size": W},
         "qk_norm": {"n_heads": 2, "window_size": W, "qk_norm": True},
         "t5": {"n_heads": 2, "window_size": W, "position": "t5"},
+    },
+    "transformer_ls": {
+        "rank 1": LONG_SHORT,
+        # Chunks of whole blocks, of which one is forgotten within the test.
+        "rank 2": LONG_SHORT | {"chunk_size": W, "rank": 2, "kept_chunks": 2},
     },
 }
 ROWS = [(name, variant) for name, variants in TABLE.items() for variant in variants]

@@ -221,6 +221,38 @@ def mamba2(mixer: Any, x: Tensor) -> Tensor:
     return (y.flatten(2) * mixer.norm.weight) @ mixer.out_proj.weight.T
 
 
+def layer_norm(x: Tensor, norm: Any) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def transformer_ls(mixer: Any, x: Tensor) -> Tensor:
+    """2107.02192: one softmax over the window and over chunks of blocks before the query's own."""
+    query, key, past = causal()
+    q, k, v = (x @ w.T for w in mixer.qkv_proj.weight.chunk(3))
+    local = [layer_norm(part, mixer.local_norm).unflatten(-1, (2, -1)) for part in (k, v)]
+    keys, values, chunk = [rotated(local[0], mixer.rotary_base)], [local[1]], mixer.chunk_size
+    q = q.unflatten(-1, (2, -1)) / mixer.head_dim**0.5
+    scores = [torch.einsum("bthk,bshk->bhts", rotated(q, mixer.rotary_base), keys[0])]
+    visible = [past & (query - key < W)]
+    weights = (x @ mixer.score_proj.weight.T).unflatten(-1, (2, mixer.rank))
+    for start in range(0, LENGTH // W * W, chunk):
+        w, tokens = weights[:, start : start + chunk].softmax(1), slice(start, start + chunk)
+        means = [
+            torch.einsum("blhr,blhk->brhk", w, part[:, tokens].unflatten(-1, (2, -1))).flatten(2)
+            for part in (k, v)
+        ]
+        means = [layer_norm(part, mixer.summary_norm).unflatten(-1, (2, -1)) for part in means]
+        scores.append(torch.einsum("bthk,bshk->bhts", q, means[0]))
+        values.append(means[1])
+        block = query // W * W  # where the query's own block begins
+        seen = (start + chunk <= block) & (start >= block - mixer.kept_chunks * chunk)
+        visible.append(seen.expand(-1, mixer.rank))
+    joint = torch.cat(scores, -1).masked_fill(~torch.cat(visible, -1), -torch.inf).softmax(-1)
+    y = torch.einsum("bhts,bshk->bthk", joint, torch.cat(values, 1))
+    return y.flatten(2) @ mixer.out_proj.weight.T
+
+
 DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": attention,
     "bst": bst,
@@ -230,7 +262,9 @@ DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "s4": s4,
     "s4d": s4d,
     "swa": swa,
+    "transformer_ls": transformer_ls,
 }
+LONG_SHORT = {"n_heads": 2, "window_size": W, "rotary_base": 100.0, "kept_chunks": 3}
 BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3, "rotary_base": 100.0}
 MEGA = {"chunk_size": W, "ema_chunk_size": 4, "d_shared": 4, "n_modes": 3}
 ROWS: list[tuple[str, dict[str, Any]]] = [
@@ -250,6 +284,8 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("swa", {"n_heads": 2, "window_size": W, "rotary_base": 100.0}),
     ("swa", {"n_heads": 2, "window_size": W, "qk_norm": True}),
     ("swa", {"n_heads": 2, "window_size": W, "position": "t5"}),
+    ("transformer_ls", LONG_SHORT | {"chunk_size": 4}),
+    ("transformer_ls", LONG_SHORT | {"chunk_size": W, "rank": 2, "kept_chunks": 2}),
 ]
 
 

@@ -58,3 +58,31 @@ def test_mega_counts_keys_of_the_chunk_and_half_the_toeplitz(length: int, chunk:
     # Projections: v, r and the way back (3 x 12), p and the gate (2 x 8), z (4).
     want = 2 * D_MODEL * (3 * 12 + 2 * D_MODEL + 4) + D_MODEL * (CHUNK + 4 * MODES)
     assert mixer.flops_per_token(length) == pytest.approx(want + 2 * (4 + 12) * seen)
+
+
+@pytest.mark.parametrize("length", [3, W, 4 * W, 5 * W + 3])
+def test_transformer_ls_counts_the_window_and_the_summaries(length: int) -> None:
+    kept, rank = 3, 2
+    visible = sum(min(i + 1, W) for i in range(length))
+    summaries = sum(rank * min(kept, i // W * (W // CHUNK)) for i in range(length))
+    mixer = mixers.build(
+        "transformer_ls",
+        d_model=D_MODEL,
+        n_heads=2,
+        window_size=W,
+        chunk_size=CHUNK,
+        rank=rank,
+        kept_chunks=kept,
+    )
+    # Two heads of `rank` scores, and a product with k and with v for each summary.
+    want = 8 * D_MODEL**2 + 2 * D_MODEL * 2 * rank + 4 * D_MODEL * rank
+    want += 4 * D_MODEL * (visible + summaries) / length
+    assert mixer.flops_per_token(length) == pytest.approx(want)
+
+
+def test_mamba2_counts_half_of_a_chunk_and_both_products_with_the_state() -> None:
+    mixer = mixers.build("mamba2", d_model=D_MODEL, head_dim=4, d_state=MODES, chunk_size=CHUNK)
+    inner = 2 * D_MODEL
+    projections = 2 * D_MODEL * (3 * inner + 2 * MODES + 4)
+    inside = CHUNK * (MODES + inner)
+    assert mixer.flops_per_token(64) == projections + inside + 4 * inner * MODES
