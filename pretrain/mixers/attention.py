@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.mixers.base import Clock, MixerOutput, TokenMixer
 from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.normalization import prepare_heads
-from pretrain.ops.relative_position import T5RelativeBias
+from pretrain.ops.relative_bias import SharedT5Bias
 
 # Rows of the score matrix that are alive at once where a mask is needed.
 QUERY_BLOCK = 512
@@ -40,7 +40,7 @@ def check_heads(mixer: str, d_model: int, n_heads: int) -> int:
     return d_model // n_heads
 
 
-def position_bias(mixer: str, position: str, n_heads: int) -> T5RelativeBias | None:
+def position_bias(mixer: str, position: str, n_heads: int) -> SharedT5Bias | None:
     """The table of T5's relative positions; None for rotary ones.
 
     Raises:
@@ -48,7 +48,7 @@ def position_bias(mixer: str, position: str, n_heads: int) -> T5RelativeBias | N
     """
     if position not in ("rotary", "t5"):
         raise ValueError(f"{mixer}.position={position!r} is unknown: choose rotary or t5")
-    return T5RelativeBias(n_heads) if position == "t5" else None
+    return SharedT5Bias(n_heads) if position == "t5" else None
 
 
 class AttentionState(NamedTuple):

@@ -138,7 +138,9 @@ class BlockStateTransformer(TokenMixer):
 
         offset, fresh = clock.phase % self.block_size, clock.fresh_blocks(self.block_size)
         cached, base = k.shape[1] - q.shape[1], self.rotary_base
-        bias = None if self.position_bias is None else self.position_bias(2 * self.block_size)
+        bias = None
+        if self.position_bias is not None:
+            bias = self.position_bias(torch.arange(2 * self.block_size, device=x.device))
         starts = (cached, 0) if bias is None else (None, None)
         own = window_attention(
             prepare_heads(q, normalize=True, scale=self.qk_scale, start=starts[0], base=base),
@@ -216,7 +218,8 @@ class BlockStateTransformer(TokenMixer):
         )
 
     def no_decay_parameters(self) -> set[str]:
-        return {f"ssm.{name}" for name in UNDECAYED}
+        bias = set() if self.position_bias is None else {"position_bias.table"}
+        return bias | self.ssm_parameters()
 
     def ssm_parameters(self) -> set[str]:
         return {f"ssm.{name}" for name in UNDECAYED}

@@ -72,7 +72,9 @@ class SlidingWindowAttention(TokenMixer):
             v = torch.cat([state.v.to(v.dtype), v], 1)
         cached = k.shape[1] - q.shape[1]
         normalize, base = self.qk_scale is not None, self.rotary_base
-        bias = None if self.position_bias is None else self.position_bias(self.window_size)
+        bias = None
+        if self.position_bias is not None:
+            bias = self.position_bias(torch.arange(self.window_size, device=x.device))
         starts = (cached, 0) if bias is None else (None, None)
         y = window_attention(
             prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=starts[0], base=base),
@@ -102,6 +104,9 @@ class SlidingWindowAttention(TokenMixer):
         w = min(self.window_size, context)
         visible = w - w * (w - 1) / (2 * context)
         return 8 * self.d_model**2 + 4 * self.d_model * visible
+
+    def no_decay_parameters(self) -> set[str]:
+        return set() if self.position_bias is None else {"position_bias.table"}
 
     def executed_flops(self, length: int) -> float:
         scores = min(length, self.window_size) ** 2

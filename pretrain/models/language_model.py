@@ -20,7 +20,7 @@ from pretrain.mixers import TokenMixer, build
 from pretrain.models.block import Block
 from pretrain.models.layers import MLPS, RMSNorm
 from pretrain.ops.cross_entropy import CrossEntropy, linear_cross_entropy
-from pretrain.ops.relative_position import T5RelativeBias
+from pretrain.ops.relative_bias import SharedT5Bias
 
 
 @dataclass
@@ -253,12 +253,10 @@ class LanguageModel(nn.Module):
         if config.tie_embeddings:
             # One Parameter in two modules, which is what ZeRO-3 understands.
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
-        # All layers read one table of T5's biases (per number of heads).
         tables: dict[torch.Size, nn.Parameter] = {}
         for module in self.modules():
-            if isinstance(module, T5RelativeBias):
-                table = cast(nn.Parameter, module.table.weight)
-                module.table.weight = tables.setdefault(table.shape, table)
+            if isinstance(module, SharedT5Bias):
+                module.table = tables.setdefault(module.table.shape, module.table)
         layers = self._mixers()
         self.reset_grid = config.reset_grid or math.lcm(*(layer.block_size for layer in layers))
         for layer in layers:

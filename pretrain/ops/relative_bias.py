@@ -12,16 +12,31 @@ import torch
 from torch import Tensor, nn
 
 
-def t5_buckets(distance: Tensor, n_buckets: int = 32, max_distance: int = 128) -> Tensor:
-    """The bucket of each distance >= 0 looking back (Raffel et al. 2020, 1910.10683).
+def t5_buckets(
+    distance: Tensor, n_buckets: int = 32, max_distance: int = 128, *, causal: bool = True
+) -> Tensor:
+    """T5's bucket of each distance (Raffel et al. 2020, 1910.10683).
 
-    One bucket per distance up to n_buckets / 2, then logarithmically wider ones up to
+    One bucket per distance up to half of them, then logarithmically wider ones up to
     `max_distance`, beyond which all share the last.
+
+    Args:
+        distance: int64, any shape: query position minus key position.
+        n_buckets: in total.
+        max_distance: where the last bucket begins.
+        causal: all buckets look back, and keys ahead share the bucket of distance 0; False: half of
+            the buckets are for each side.
     """
+    if causal:
+        side, distance = torch.zeros_like(distance), distance.clamp(min=0)
+    else:
+        n_buckets //= 2
+        side, distance = n_buckets * (distance < 0), distance.abs()
     exact = n_buckets // 2
+    # In fp32 like T5's own code: some bucket edges lie on integers and rounding decides them.
     far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (far * (n_buckets - exact)).long()).clamp(max=n_buckets - 1)
-    return torch.where(distance < exact, distance, far)
+    return side + torch.where(distance < exact, distance, far)
 
 
 class T5Bias(nn.Module):
@@ -41,6 +56,10 @@ class T5Bias(nn.Module):
     def forward(self, distances: Tensor) -> Tensor:
         """(R,) int64 >= 0 -> (H, R)."""
         return self.table[:, t5_buckets(distances, self.n_buckets, self.max_distance)]
+
+
+class SharedT5Bias(T5Bias):
+    """A language model makes all of these with one number of heads read a single table."""
 
 
 class RotaryBias(nn.Module):

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.numerics import no_autocast, wide_dtype
+from pretrain.ops.relative_bias import toeplitz_bias
 
 Reach = Literal["window", "own", "own_and_previous"]
 
@@ -167,15 +168,10 @@ def _visible(
 
 
 def _bias_block(bias: Tensor, at: int, back: int, size: int) -> Tensor:
-    """(H, R) by distance -> (H, size, keys), entry [i, j] of distance at + back + i - j.
-
-    Every row is a window on one vector, shifted by one; no gather, whose backward would be a
-    scatter. Distances that no key has or sees (below 0, from R on) get 0.
-    """
+    """(H, R) by distance -> (H, size, keys) for a block; 0 for distances beyond R."""
     keys = back + at + size
-    known = bias[:, :keys]
-    vector = F.pad(known, (size - 1, keys - known.shape[1])).flip(1)
-    return vector.unfold(1, keys, 1).flip(1)
+    row = F.pad(bias, (0, max(0, keys - bias.shape[1])))
+    return toeplitz_bias(row, size, keys, newest=keys - 1)
 
 
 def _window_attention_matmul(

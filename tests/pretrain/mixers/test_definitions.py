@@ -46,7 +46,7 @@ def placed(mixer: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor | f
         for j in range(LENGTH):
             distance = max(i - j, 0)
             row = distance if distance < 16 else 16 + int(16 * math.log(distance / 16, 8))
-            bias[:, i, j] = mixer.position_bias.table.weight[row]
+            bias[:, i, j] = mixer.position_bias.table[:, row]
     return q, k, bias
 
 
