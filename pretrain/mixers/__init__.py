@@ -12,6 +12,7 @@ from pretrain.mixers.mamba2 import Mamba2
 from pretrain.mixers.mega import Mega
 from pretrain.mixers.s4 import S4
 from pretrain.mixers.s4d import S4D
+from pretrain.mixers.spade import Spade
 from pretrain.mixers.swa import SlidingWindowAttention
 from pretrain.mixers.transformer_ls import TransformerLS
 
@@ -23,6 +24,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "mega": Mega,
     "s4": S4,
     "s4d": S4D,
+    "spade": Spade,
     "swa": SlidingWindowAttention,
     "transformer_ls": TransformerLS,
 }

@@ -23,6 +23,7 @@ BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3}
 MAMBA2 = {"head_dim": 4, "d_state": 3, "chunk_size": 4}
 MEGA = {"chunk_size": W, "ema_chunk_size": 4, "d_shared": 4, "n_modes": 3}
 LONG_SHORT = {"n_heads": 2, "window_size": W, "chunk_size": 4, "kept_chunks": 3}
+SPADE = {"n_heads": 2, "window_size": W, "chunk_size": 4, "n_modes": 3}
 TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
         "rotary": {"n_heads": 2},
@@ -54,6 +55,13 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "lin": {"n_modes": 3, "chunk_size": 4},
         "legs": {"n_modes": 3, "chunk_size": 4, "init": "legs"},
         "real": {"n_modes": 3, "chunk_size": W, "init": "real"},
+    },
+    "spade": {
+        "concat": SPADE,
+        "add, chunks": SPADE | {"combine": "add", "attention": "chunk"},
+        "stack": SPADE | {"combine": "stack", "qk_norm": True},
+        "s4, chunks": SPADE | {"ssm": "s4", "attention": "chunk", "position": "t5"},
+        "none": SPADE | {"ssm": "none"},
     },
     "swa": {
         "rotary": {"n_heads": 2, "window_size": W},

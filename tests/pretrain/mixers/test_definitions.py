@@ -154,9 +154,8 @@ def mega(mixer: Any, x: Tensor) -> Tensor:
     return gated_unit(mixer, x, attend_by_distance)
 
 
-def s4(mixer: Any, x: Tensor) -> Tensor:
+def nplr(p: Any, u: Tensor) -> Tensor:
     """Bilinear steps of A = diag(Lambda) - p p^* on all 2N modes, conjugates too (2111.00396)."""
-    p = mixer.ssm
     pairs = [torch.complex(-p.log_A_real.exp(), p.A_imag)]
     pairs += [torch.view_as_complex(part) for part in (p.P, p.B, p.C)]
     eigenvalues, low_rank, b, c = (torch.cat([part, part.conj()], -1) for part in pairs)
@@ -166,11 +165,38 @@ def s4(mixer: Any, x: Tensor) -> Tensor:
     step = backward @ (torch.eye(a.shape[-1]) + half)
     b = (backward @ (p.log_dt.exp()[:, None] * b)[..., None])[..., 0]
     state, outputs = torch.zeros(BATCH, *b.shape, dtype=b.dtype), []
-    for u_t in x.unbind(1):
+    for u_t in u.unbind(1):
         state = torch.einsum("dmn,bdn->bdm", step, state) + b * u_t[..., None]
         outputs.append((c * state).sum(-1).real + p.D * u_t)
-    value, gate = (F.gelu(torch.stack(outputs, 1)) @ mixer.out_proj.weight.T).chunk(2, -1)
+    return torch.stack(outputs, 1)
+
+
+def s4(mixer: Any, x: Tensor) -> Tensor:
+    value, gate = (F.gelu(nplr(mixer.ssm, x)) @ mixer.out_proj.weight.T).chunk(2, -1)
     return value * gate.sigmoid()
+
+
+def spade(mixer: Any, x: Tensor) -> Tensor:
+    """W [norm(g) ; norm(a)] + b, the halved sum, or one after the other (2212.08136)."""
+    query, key, past = causal()
+    seen = past & (query - key < W if mixer.reach == "window" else query // W == key // W)
+    g = None
+    if mixer.ssm is not None:
+        g = nplr(mixer.ssm, x) if hasattr(mixer.ssm, "P") else ssm(mixer.ssm, x)
+    source = g if mixer.combine == "stack" else x
+    q, k, v = heads(source, mixer.qkv_proj.weight, 3, mixer.n_heads)
+    q, k, bias = placed(mixer, *scaled(mixer, q, k))
+    a = attend(q, k, v, seen, bias).flatten(2)
+    if mixer.combine == "stack":
+        return a @ mixer.out_proj.weight.T
+    a = a @ mixer.heads_proj.weight.T
+    branches = [(a, mixer.attention_norm)]
+    if g is not None:
+        branches.insert(0, (g, mixer.ssm_norm))
+    normed = [w * b / (b.square().mean(-1, keepdim=True) + 1e-6).sqrt() for b, w in branches]
+    if mixer.combine == "add":
+        return (normed[0] + normed[1]) / 2
+    return torch.cat(normed, -1) @ mixer.out_proj.weight.T + mixer.out_proj.bias
 
 
 def bst(mixer: Any, x: Tensor) -> Tensor:
@@ -261,12 +287,14 @@ DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "mega": mega,
     "s4": s4,
     "s4d": s4d,
+    "spade": spade,
     "swa": swa,
     "transformer_ls": transformer_ls,
 }
 LONG_SHORT = {"n_heads": 2, "window_size": W, "rotary_base": 100.0, "kept_chunks": 3}
 BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3, "rotary_base": 100.0}
 MEGA = {"chunk_size": W, "ema_chunk_size": 4, "d_shared": 4, "n_modes": 3}
+SPADE = {"n_heads": 2, "window_size": W, "chunk_size": 4, "n_modes": 3, "rotary_base": 100.0}
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"n_heads": 2, "rotary_base": 100.0}),
     ("attention", {"n_heads": 2, "qk_norm": True}),
@@ -281,6 +309,11 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("mega", MEGA | {"chunk_size": 0, "weighting": "laplace"}),
     ("s4", {"n_modes": 3, "chunk_size": 4}),
     ("s4d", {"n_modes": 3, "chunk_size": 4}),
+    ("spade", SPADE),
+    ("spade", SPADE | {"ssm": "s4", "attention": "chunk"}),
+    ("spade", SPADE | {"combine": "add", "position": "t5"}),
+    ("spade", SPADE | {"combine": "stack", "qk_norm": True}),
+    ("spade", SPADE | {"ssm": "none"}),
     ("swa", {"n_heads": 2, "window_size": W, "rotary_base": 100.0}),
     ("swa", {"n_heads": 2, "window_size": W, "qk_norm": True}),
     ("swa", {"n_heads": 2, "window_size": W, "position": "t5"}),
