@@ -159,7 +159,9 @@ class Spade(TokenMixer):
         """q (B, T, H, K), k and v with the cache in front -> (B, T, H, K)."""
         cached, base = k.shape[1] - q.shape[1], self.rotary_base
         normalize = self.qk_scale is not None
-        bias = None if self.position_bias is None else self.position_bias(self.window_size)
+        bias = None
+        if self.position_bias is not None:
+            bias = self.position_bias(torch.arange(self.window_size, device=q.device))
         starts = (cached, 0) if bias is None else (None, None)
         return window_attention(
             prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=starts[0], base=base),
@@ -209,7 +211,8 @@ class Spade(TokenMixer):
         return 8 * self.d_model**2 + 2 * joined * self.d_model
 
     def no_decay_parameters(self) -> set[str]:
-        return self.ssm_parameters()
+        bias = set() if self.position_bias is None else {"position_bias.table"}
+        return bias | self.ssm_parameters()
 
     def ssm_parameters(self) -> set[str]:
         return set() if self.ssm is None else {f"ssm.{name}" for name in self.ssm.undecayed}
