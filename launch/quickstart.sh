@@ -27,7 +27,7 @@ train experiment="${preset}_swa"
 say "4/4 perplexity against context length, up to 4,096 tokens"
 for model in bst swa; do
   python launch/evaluate.py run="runs/${preset}_${model}" suite=perplexity \
-    contexts=128..4096 protocols=fixed,stream spans_per_document=3 stream_tokens=8192
+    contexts=256..4096 protocols=fixed,stream spans_per_document=2 stream_tokens=8192
 done
 
 say "report, with a byte 5-gram model trained on the same text beside them"

@@ -9,8 +9,16 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pretrain.config import RunConfig
+from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
+from pretrain.models.block import BlockOutput
 from pretrain.training import engine
-from pretrain.training.engine import World, build_engine, compile_blocks, deepspeed_config
+from pretrain.training.engine import (
+    World,
+    build_engine,
+    compile_blocks,
+    deepspeed_config,
+    verify_compiled,
+)
 
 
 def config_with(**zero: object) -> RunConfig:
@@ -84,6 +92,29 @@ def test_many_kinds_of_layers_all_stay_compiled() -> None:
     for length, block in enumerate(model.blocks, 1):
         assert block(torch.ones(2)).tolist() == [length, length]
     assert counters["frames"] == {"total": 10, "ok": 10}
+
+
+def test_wrongly_compiled_code_is_found_before_training() -> None:
+    """A block that computes something else when compiled, as inductor was seen to do."""
+    model_config = LanguageModelConfig(
+        vocab_size=16, d_model=32, n_layers=2, layers=LayersConfig(default="s4d")
+    )
+    config = RunConfig(model=model_config)
+    config.train.seq_len, config.train.micro_batch_size = 64, 2
+    device = torch.device("cpu")
+    torch._dynamo.reset()
+    model = LanguageModel(model_config)
+    compile_blocks(model, backend="aot_eager")
+    verify_compiled(model, config, device)
+
+    class Miscompiled(type(model.blocks[1])):  # type: ignore[misc]
+        def __call__(self, *args: object) -> BlockOutput:
+            output = self.forward(*args)
+            return output._replace(x=output.x * 1.3)
+
+    model.blocks[1].__class__ = Miscompiled
+    with pytest.raises(ValueError, match=r"train\.compile=true: the compiled 's4d' block differs"):
+        verify_compiled(model, config, device)
 
 
 def test_training_imports_neither_data_nor_evals() -> None:
