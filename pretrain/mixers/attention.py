@@ -40,7 +40,9 @@ def check_heads(mixer: str, d_model: int, n_heads: int) -> int:
     return d_model // n_heads
 
 
-def position_bias(mixer: str, position: str, n_heads: int) -> SharedT5Bias | None:
+def position_bias(
+    mixer: str, position: str, n_heads: int, *, causal: bool = True
+) -> SharedT5Bias | None:
     """The table of T5's relative positions; None for rotary ones.
 
     Raises:
@@ -48,7 +50,7 @@ def position_bias(mixer: str, position: str, n_heads: int) -> SharedT5Bias | Non
     """
     if position not in ("rotary", "t5"):
         raise ValueError(f"{mixer}.position={position!r} is unknown: choose rotary or t5")
-    return SharedT5Bias(n_heads) if position == "t5" else None
+    return SharedT5Bias(n_heads, causal=causal) if position == "t5" else None
 
 
 class AttentionState(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain.mixers.attention import check_heads, position_bias, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.symmetric_window_attention import symmetric_window_attention
 from pretrain.ops.window_attention import window_attention
 
 
@@ -29,10 +30,11 @@ class WindowState(NamedTuple):
 
 
 class SlidingWindowAttention(TokenMixer):
-    """Causal softmax attention over the last `window_size` tokens.
+    """Softmax attention over the last `window_size` tokens, or symmetrically over both sides.
 
     Args:
         d_model: model width.
+        causal: False for encoders: keys less than `window_size` away on either side are visible.
         n_heads: attention heads.
         window_size: visible tokens, the present one included; documents begin on its multiples.
         qk_norm: L2-normalise queries and keys, with a learned scale per head.
@@ -40,10 +42,13 @@ class SlidingWindowAttention(TokenMixer):
         rotary_base: base of the rotary wavelengths.
     """
 
+    two_sided = True
+
     def __init__(
         self,
         d_model: int,
         *,
+        causal: bool = True,
         n_heads: int = 8,
         window_size: int = 512,
         qk_norm: bool = False,
@@ -54,19 +59,29 @@ class SlidingWindowAttention(TokenMixer):
         if window_size < 1:
             raise ValueError(f"swa.window_size={window_size} must be at least 1 token")
         self.d_model, self.n_heads, self.window_size = d_model, n_heads, window_size
+        self.causal = causal
         self.block_size = self.reset_grid = window_size
         self.head_dim = check_heads("swa", d_model, n_heads)
         self.rotary_base = rotary_base
-        self.position_bias = position_bias("swa", position, n_heads)
+        self.position_bias = position_bias("swa", position, n_heads, causal=causal)
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.qk_scale = qk_scale(n_heads, self.head_dim) if qk_norm else None
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
-        self, x: Tensor, state: WindowState | None = None, *, resets: Tensor | None = None
+        self,
+        x: Tensor,
+        state: WindowState | None = None,
+        *,
+        resets: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> MixerOutput:
+        self.check_sides(state, resets, padding)
         clock = self.clock(x, state, resets)
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+        if not self.causal:
+            y = self._attend_both_sides(q, k, v, padding)
+            return MixerOutput(self.out_proj(y.flatten(2)), None, aux={})
         if state is not None:
             k = torch.cat([state.k.to(k.dtype), k], 1)
             v = torch.cat([state.v.to(v.dtype), v], 1)
@@ -91,6 +106,24 @@ class SlidingWindowAttention(TokenMixer):
         state = WindowState(*clock.after(x), *kept)
         return MixerOutput(self.out_proj(y.flatten(2)), state, aux={})
 
+    def _attend_both_sides(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+        """q, k, v (B, T, H, K), padding (B, T) -> (B, T, H, K)."""
+        normalize, base = self.qk_scale is not None, self.rotary_base
+        bias = None
+        if self.position_bias is not None:
+            reach = torch.arange(1 - self.window_size, self.window_size, device=q.device)
+            bias = self.position_bias(reach)
+        start = 0 if bias is None else None
+        return symmetric_window_attention(
+            prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=start, base=base),
+            prepare_heads(k, normalize=normalize, start=start, base=base),
+            v,
+            window_size=self.window_size,
+            padding=padding,
+            scale=1.0 if normalize else None,
+            bias=bias,
+        )
+
     def init_state(
         self, batch_size: int, *, device: torch.device, dtype: torch.dtype
     ) -> WindowState:
@@ -103,12 +136,18 @@ class SlidingWindowAttention(TokenMixer):
     def flops_per_token(self, context: int) -> float:
         w = min(self.window_size, context)
         visible = w - w * (w - 1) / (2 * context)
+        if not self.causal:
+            visible = 2 * visible - 1
         return 8 * self.d_model**2 + 4 * self.d_model * visible
 
     def no_decay_parameters(self) -> set[str]:
         return set() if self.position_bias is None else {"position_bias.table"}
 
     def executed_flops(self, length: int) -> float:
+        if not self.causal:
+            blocks = -(-length // self.window_size)
+            scores = blocks * 3 * self.window_size**2
+            return length * 8 * self.d_model**2 + 4 * self.d_model * scores
         scores = min(length, self.window_size) ** 2
         scores += max(0, length - self.window_size) * 2 * self.window_size
         return length * 8 * self.d_model**2 + 4 * self.d_model * scores

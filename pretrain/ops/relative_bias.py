@@ -46,16 +46,25 @@ class T5Bias(nn.Module):
         n_heads: H.
         n_buckets: rows of the table.
         max_distance: where the last bucket begins.
+        causal: False for distances on both sides, half of the buckets for each.
     """
 
-    def __init__(self, n_heads: int, n_buckets: int = 32, max_distance: int = 128) -> None:
+    def __init__(
+        self,
+        n_heads: int,
+        n_buckets: int = 32,
+        max_distance: int = 128,
+        *,
+        causal: bool = True,
+    ) -> None:
         super().__init__()
-        self.n_buckets, self.max_distance = n_buckets, max_distance
+        self.n_buckets, self.max_distance, self.causal = n_buckets, max_distance, causal
         self.table = nn.Parameter(torch.zeros(n_heads, n_buckets))
 
     def forward(self, distances: Tensor) -> Tensor:
-        """(R,) int64 >= 0 -> (H, R)."""
-        return self.table[:, t5_buckets(distances, self.n_buckets, self.max_distance)]
+        """(R,) int64, query minus key -> (H, R)."""
+        buckets = t5_buckets(distances, self.n_buckets, self.max_distance, causal=self.causal)
+        return self.table[:, buckets]
 
 
 class SharedT5Bias(T5Bias):

@@ -1,0 +1,182 @@
+"""Mixers with `causal=False`, for encoders: pads on either side are as if they were not there.
+
+Shapes: B batch, T time, D width. W is the window and block size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_definitions import attend, heads, nplr, rotated, scaled, ssm
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain import mixers
+from pretrain.mixers.base import TokenMixer
+from pretrain.ops import masked_attention
+
+D_MODEL, W, BATCH, LENGTH = 8, 8, 2, 27
+
+# The same sums in another order, fp64.
+SAME = 1e-10
+
+
+def both_ways(filters: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A kernel over the past and the present, another over the future from the next token on."""
+
+    class Reverse:
+        def __init__(self, p: Any) -> None:
+            self.p = p
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "D":
+                return torch.zeros_like(self.p.D)
+            return getattr(self.p, "C_reverse" if name == "C" else name)
+
+    def layer(mixer: Any, x: Tensor) -> Tensor:
+        y = filters(mixer.ssm, x)
+        future = filters(Reverse(mixer.ssm), x.flip(1)).flip(1)  # token i: from itself on
+        y = y + torch.cat([future[:, 1:], torch.zeros_like(y[:, :1])], 1)
+        value, gate = (F.gelu(y) @ mixer.out_proj.weight.T).chunk(2, -1)
+        return value * gate.sigmoid()
+
+    return layer
+
+
+def swa(mixer: Any, x: Tensor) -> Tensor:
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    q, k, v = heads(x, mixer.qkv_proj.weight, 3, mixer.n_heads)
+    q, k = scaled(mixer, q, k)
+    bias: Tensor | float = 0.0
+    if mixer.position_bias is None:
+        q, k = rotated(q, mixer.rotary_base), rotated(k, mixer.rotary_base)
+    else:  # distances below 8 have a bucket each, keys ahead the second half of the table
+        near = distance.abs().clamp(max=7) + 16 * (distance < 0)
+        bias = mixer.position_bias.table[:, near]
+    return attend(q, k, v, distance.abs() < W, bias).flatten(2) @ mixer.out_proj.weight.T
+
+
+WINDOW = {"n_heads": 2, "window_size": W}
+ROWS: dict[str, tuple[str, dict[str, Any], Callable[[Any, Tensor], Tensor]]] = {
+    "s4": ("s4", {"n_modes": 3, "chunk_size": 4}, both_ways(nplr)),
+    "s4d": ("s4d", {"n_modes": 3, "chunk_size": 4}, both_ways(ssm)),
+    "swa": ("swa", WINDOW, swa),
+    "swa t5": ("swa", WINDOW | {"position": "t5", "qk_norm": True}, swa),
+}
+every_row = pytest.mark.parametrize("row", ROWS)
+
+
+def build(row: str) -> TokenMixer:
+    torch.manual_seed(0)
+    name, options, _ = ROWS[row]
+    mixer = mixers.build(name, d_model=D_MODEL, causal=False, **options).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():  # initial values are equal over heads and channels
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return mixer
+
+
+def inputs(length: int = LENGTH, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, length, D_MODEL, generator=generator, dtype=torch.float64)
+
+
+def test_every_two_sided_mixer_has_a_row() -> None:
+    two_sided = {name for name, mixer in mixers.MIXERS.items() if mixer.two_sided}
+    assert {name for name, *_ in ROWS.values()} == two_sided
+
+
+@every_row
+def test_mixer_equals_its_definition(row: str) -> None:
+    mixer, x = build(row), inputs().requires_grad_()
+    got, want = mixer(x).y, ROWS[row][2](mixer, x)
+    torch.testing.assert_close(got, want, rtol=0, atol=SAME)
+    weights, leaves = inputs(seed=2), [x, *mixer.parameters()]
+    for a, b in zip(
+        *(torch.autograd.grad((y * weights).sum(), leaves) for y in (got, want)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=10 * SAME * b.abs().max().item())
+
+
+@every_row
+@pytest.mark.parametrize("front", [0, 3, W, W + 3])
+@pytest.mark.parametrize("behind", [0, 1, W + 1])
+def test_pads_on_either_side_change_nothing(row: str, front: int, behind: int) -> None:
+    mixer, x = build(row), inputs()
+    lanes = []
+    for scale in (1.0, 1e3):  # whatever stands on the pads
+        padded = scale * inputs(front + LENGTH + behind, seed=5)
+        padded[:, front : front + LENGTH] = x
+        padding = torch.ones(BATCH, padded.shape[1], dtype=torch.bool)
+        padding[:, front : front + LENGTH] = False
+        lanes.append(mixer(padded, padding=padding).y[:, front : front + LENGTH])
+    for got in lanes:
+        torch.testing.assert_close(got, mixer(x).y, rtol=0, atol=SAME)
+
+
+@every_row
+def test_lanes_of_other_lengths_do_not_disturb_one_another(row: str) -> None:
+    """Each lane has its own pads, one in front and one behind, and no gradient comes from them."""
+    mixer, x = build(row), inputs().requires_grad_()
+    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    padding[0, 20:], padding[1, :5] = True, True
+    y = mixer(x, padding=padding).y
+    alone = [mixer(x[:1, :20]).y[0], mixer(x[1:, 5:]).y[0]]
+    together = [y[0, :20], y[1, 5:]]
+    for got, want in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=SAME)
+    (gradient,) = torch.autograd.grad(sum(part.square().sum() for part in together), x)
+    assert (gradient.abs().amax(-1) > 0).equal(~padding)
+
+
+@every_row
+def test_both_sides_are_seen(row: str) -> None:
+    mixer, x = build(row), inputs().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixer(x).y[:, W].square().sum(), x)
+    assert (gradient[:, 1 : 2 * W].abs().amax((0, 2)) > 0).all()
+
+
+@every_row
+def test_every_parameter_gets_a_gradient(row: str) -> None:
+    mixer = build(row)
+    mixer(inputs(3 * W)).y.square().sum().backward()
+    for key, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+
+
+@every_row
+@pytest.mark.parametrize("length", [2 * W, LENGTH])
+def test_flops_are_those_counted(row: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The counter has no formula for the CPU's flash kernel.
+    monkeypatch.setattr(masked_attention, "SAFE_WITH_MASKS", [SDPBackend.MATH])
+    mixer, x = build(row).float(), inputs(length).float()[:1]
+    with FlopCounterMode(display=False) as counter:
+        mixer(x)
+    assert counter.get_total_flops() == pytest.approx(mixer.executed_flops(length), rel=0.02)
+    # A third of the three blocks that are multiplied is out of reach, and the ends have no
+    # neighbours.
+    assert mixer.flops_per_token(length) * length <= mixer.executed_flops(length)
+    assert mixer.flops_per_token(length) * length >= mixer.executed_flops(length) * 0.3
+
+
+@every_row
+def test_state_and_resets_are_refused(row: str) -> None:
+    mixer, x = build(row), inputs()
+    assert mixer(x).state is None
+    with pytest.raises(ValueError, match="no state to carry"):
+        mixer(x, resets=torch.zeros(BATCH, 1, dtype=torch.bool))
+    state = mixer.init_state(BATCH, device=x.device, dtype=x.dtype)
+    with pytest.raises(ValueError, match="no state to carry"):
+        mixer(x, state)
+
+
+@every_row
+def test_padding_is_refused_in_causal_use(row: str) -> None:
+    name, options, _ = ROWS[row]
+    mixer = mixers.build(name, d_model=D_MODEL, **options).double()
+    with pytest.raises(ValueError, match="padding is for causal=False"):
+        mixer(inputs(), padding=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
