@@ -8,6 +8,7 @@ from pretrain.mixers.attention import Attention
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.bst import BlockStateTransformer
 from pretrain.mixers.gss import GatedStateSpace
+from pretrain.mixers.longvq import LongVQ
 from pretrain.mixers.mamba2 import Mamba2
 from pretrain.mixers.mega import Mega
 from pretrain.mixers.s4 import S4
@@ -20,6 +21,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "attention": Attention,
     "bst": BlockStateTransformer,
     "gss": GatedStateSpace,
+    "longvq": LongVQ,
     "mamba2": Mamba2,
     "mega": Mega,
     "s4": S4,

@@ -116,12 +116,15 @@ class TokenMixer(nn.Module):
         causal: False in an encoder. Such a mixer reads whole sequences, one per lane: it takes no
             state and no resets, returns no state, and its forward has `padding`, (B, T) bool, True
             where a lane has no token; what it makes there means nothing.
+        takes_counted: True when forward also takes `counted` (B, T) bool, the tokens that the loss
+            counts, because what it learns beside the loss has to leave out the same ones (pads).
     """
 
     block_size: int = 1
     reset_grid: int = 1
     constant_state: bool = True
     two_sided: ClassVar[bool] = False
+    takes_counted: ClassVar[bool] = False
     causal: bool = True
 
     def check_sides(self, state: Any, resets: Tensor | None, padding: Tensor | None) -> None:

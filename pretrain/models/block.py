@@ -41,9 +41,16 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(d_model)
         self.mlp = MLPS[mlp](d_model, d_ff)
 
-    def forward(self, x: Tensor, state: Any = None, resets: Tensor | None = None) -> BlockOutput:
-        """x (B, T, D); state and resets as in `TokenMixer.forward`."""
-        mixed = self.mixer(self.mixer_norm(x), state, resets=resets)
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        resets: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> BlockOutput:
+        """x (B, T, D); state and resets as in `TokenMixer.forward`; counted (B, T) bool."""
+        extra = {"counted": counted} if self.mixer.takes_counted else {}
+        mixed = self.mixer(self.mixer_norm(x), state, resets=resets, **extra)
         x = x + (mixed.y if mixed.gate is None else mixed.gate * (mixed.y - x))
         x = x + self.mlp(self.mlp_norm(x))
         return BlockOutput(x, mixed.state, mixed.aux)

@@ -311,9 +311,9 @@ class LanguageModel(nn.Module):
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
             if recompute:
-                output = checkpoint(block, x, before, resets, use_reentrant=False)
+                output = checkpoint(block, x, before, resets, loss_mask, use_reentrant=False)
             else:
-                output = block(x, before, resets)
+                output = block(x, before, resets, loss_mask)
             x = output.x
             states.append(output.state)
             aux |= {f"{index}.{name}": value for name, value in output.aux.items()}

@@ -20,6 +20,7 @@ D_MODEL, W, BATCH = 8, 8, 2
 RAGGED = 3 * W + 3  # ends inside a block
 
 BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3}
+LONGVQ = {"block_size": W, "chunk_size": 4, "n_heads": 2, "d_shared": 8, "n_codes": 5, "n_modes": 3}
 MAMBA2 = {"head_dim": 4, "d_state": 3, "chunk_size": 4}
 MEGA = {"chunk_size": W, "ema_chunk_size": 4, "d_shared": 4, "n_modes": 3}
 LONG_SHORT = {"n_heads": 2, "window_size": W, "chunk_size": 4, "kept_chunks": 3}
@@ -38,6 +39,10 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         # Not narrower: a LayerNorm over two numbers has little but their order to pass on.
         "full width": {"n_modes": 3, "chunk_size": 4, "reduce": 1},
         "half width": {"n_modes": 3, "chunk_size": W, "init": "legs", "expand": 2, "reduce": 2},
+    },
+    "longvq": {
+        "s4d": LONGVQ,
+        "ema": LONGVQ | {"memory": "ema", "position": "rotary", "n_heads": 1},
     },
     "mamba2": {
         "one group": MAMBA2,

@@ -119,7 +119,8 @@ def ema(p: Any, u: Tensor) -> Tensor:
 def gated_unit(mixer: Any, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """What MEGA's gated attention adds to the stream; attend(q, k, v) is its owner's."""
     unit = mixer.unit
-    m = F.silu(ema(mixer.ema, x) if hasattr(mixer, "ema") else ssm(mixer.ssm, x))
+    memory = mixer.ema if hasattr(mixer, "ema") else mixer.ssm
+    m = F.silu((ema if hasattr(memory, "delta") else ssm)(memory, x))
     d_shared, d_value = unit.gain.shape[1], unit.v_proj.out_features
     z, r, p, u = unit.m_proj(m).split([d_shared, d_value, D_MODEL, D_MODEL], -1)
     q, k = (F.silu(z) * unit.gain[i] + unit.offset[i] for i in range(2))
@@ -197,6 +198,35 @@ def spade(mixer: Any, x: Tensor) -> Tensor:
     if mixer.combine == "add":
         return (normed[0] + normed[1]) / 2
     return torch.cat(normed, -1) @ mixer.out_proj.weight.T + mixer.out_proj.bias
+
+
+def longvq(mixer: Any, x: Tensor) -> Tensor:
+    """All pairs: C[z] for every key; what is older than the previous block is a constant."""
+    query, key, visible = causal()
+
+    def attend_to_codes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (mixer.n_heads, -1)) for part in (q, k, v))
+        q, k = unit(q) * mixer.qk_scale[:, None], unit(k)
+        distance = (k.unsqueeze(3) - mixer.codes.codebook).norm(dim=-1)
+        nearest, second = distance.topk(2, largest=False).values.unbind(-1)
+        assert (second - nearest).min() > 1e-6  # or rounding may choose another code
+        book = mixer.codes.codebook.unsqueeze(0).expand(BATCH, -1, -1, -1)
+        codes = distance.argmin(-1).transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+        quantised = book.gather(2, codes).transpose(1, 2)
+        near, far = quantised + k - k.detach(), quantised
+        if mixer.bias is None:
+            recent = torch.einsum(
+                "bthk,bshk->bhts", *(rotated(part, mixer.rotary_base) for part in (q, near))
+            )
+        else:  # distances below 16 have a bucket each
+            recent = torch.einsum("bthk,bshk->bhts", q, near)
+            recent = recent + mixer.bias.table[:, (query - key).clamp(0, 15)]
+        scores = torch.einsum("bthk,bshk->bhts", q, far)
+        scores = torch.where(query // W - key // W <= 1, recent, scores)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        return torch.einsum("bhts,bshk->bthk", weights, v).flatten(2)
+
+    return gated_unit(mixer, x, attend_to_codes)
 
 
 def bst(mixer: Any, x: Tensor) -> Tensor:
@@ -283,6 +313,7 @@ DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": attention,
     "bst": bst,
     "gss": gss,
+    "longvq": longvq,
     "mamba2": mamba2,
     "mega": mega,
     "s4": s4,
@@ -293,6 +324,7 @@ DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 LONG_SHORT = {"n_heads": 2, "window_size": W, "rotary_base": 100.0, "kept_chunks": 3}
 BST = {"n_heads": 2, "block_size": W, "chunk_size": 4, "n_modes": 3, "rotary_base": 100.0}
+LONGVQ = {"block_size": W, "chunk_size": 4, "n_heads": 2, "d_shared": 8, "n_codes": 5, "n_modes": 3}
 MEGA = {"chunk_size": W, "ema_chunk_size": 4, "d_shared": 4, "n_modes": 3}
 SPADE = {"n_heads": 2, "window_size": W, "chunk_size": 4, "n_modes": 3, "rotary_base": 100.0}
 ROWS: list[tuple[str, dict[str, Any]]] = [
@@ -302,6 +334,8 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("bst", BST | {"self_attention": "own"}),
     ("bst", BST | {"position": "t5"}),
     ("gss", {"n_modes": 3, "chunk_size": 4, "reduce": 2}),
+    ("longvq", LONGVQ),
+    ("longvq", LONGVQ | {"memory": "ema", "position": "rotary", "n_heads": 1}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "chunk_size": 4}),
     ("mamba2", {"head_dim": 4, "d_state": 3, "n_groups": 2, "conv_taps": 3, "chunk_size": W}),
     ("mega", MEGA),

@@ -86,3 +86,28 @@ def test_mamba2_counts_half_of_a_chunk_and_both_products_with_the_state() -> Non
     projections = 2 * D_MODEL * (3 * inner + 2 * MODES + 4)
     inside = CHUNK * (MODES + inner)
     assert mixer.flops_per_token(64) == projections + inside + 4 * inner * MODES
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("memory", ["s4d", "ema"])
+def test_longvq_counts_recent_keys_and_codes(length: int, memory: str) -> None:
+    codes = 5
+    seen = sum(
+        i % W + 1 + (W if i >= W else 0) + (codes if i >= 2 * W else 0) for i in range(length)
+    )
+    mixer = mixers.build(
+        "longvq",
+        d_model=D_MODEL,
+        block_size=W,
+        chunk_size=CHUNK,
+        n_codes=codes,
+        d_shared=4,
+        d_value=12,
+        n_modes=MODES,
+        memory=memory,
+    )
+    want = 2 * D_MODEL * (3 * 12 + 2 * D_MODEL + 4)
+    want += D_MODEL * (CHUNK + (8 if memory == "s4d" else 4) * MODES)
+    # To find its code every key meets the codebook once more.
+    want += 2 * 4 * codes + 2 * (4 + 12) * seen / length
+    assert mixer.flops_per_token(length) == pytest.approx(want)

@@ -1,0 +1,400 @@
+"""LongVQ: gated attention over vector-quantised keys (Liu et al. 2024, 2404.11163).
+
+    m = silu(SSM(x));  q, k, v, r, p, u as in MEGA (see mega.py)
+    q, k = g q / |q|, k / |k|  per head;    z_j = argmin_s |k_j - C_s|^2
+    o = softmax(q . k^ + local bias) v      k^_j = C[z_j], see pretrain/ops/vq_attention.py
+    y = silu(p + (r o) Wh),  written to the stream as x + u (y - x)
+
+Shapes: B batch, T time, D model width, H heads, S codes, K key width, E value width, V = E / H,
+W block size, N modes.
+
+Its memory is of fixed size and sees everything: W to 2W tokens one by one, all older ones as a
+count and a mean value per code. Only the recent ones have positions, the codebook has none.
+
+The paper's, as far as its text could be had (abstract and reviews): quantised keys with a
+straight-through estimator, an SSM in front of a gated attention, a local window with a position
+bias beside the codebook, memory of fixed size. Ours, that is not known of the paper: MEGA's gated
+unit and S4D (or MEGA's EMA) as that SSM; Transformer-VQ's cache (2309.16354); normalised keys and a
+learned scale; codebook by exponential averages, its size, the commitment weight, restarts.
+
+The codebook is a buffer. A training forward reports what fell on each code in `aux`, and
+`update_buffers` moves the codebook once per optimizer step, so within a step it is a constant. A
+code that nothing falls on is *dead*: it restarts beside a code in use, chosen by a hash of (seed,
+step, code) that is equal on all ranks. `born` remembers when, and so does every state: where they
+differ, the state's count and mean of that code become zero and its cached keys are forgotten.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.mixers.attention import check_heads, qk_scale
+from pretrain.mixers.base import MixerOutput, TokenMixer
+from pretrain.mixers.mega import EMA_PARAMETERS, DampedEMA, GatedUnit, check_gated_options
+from pretrain.mixers.s4d import (
+    UNDECAYED,
+    DiagonalSSM,
+    check_ssm_options,
+    executed_ssm_flops,
+    ssm_flops,
+)
+from pretrain.mixers.swa import last_tokens
+from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.numerics import no_autocast, wide_dtype
+from pretrain.ops.relative_bias import T5Bias
+from pretrain.ops.vq_attention import (
+    FORGOTTEN,
+    VQCache,
+    look_up,
+    nearest_codes,
+    straight_through,
+    vq_attention,
+)
+from pretrain.ops.window_attention import cached_keys
+
+# A code is dead below this share of the mean use, and restarts with twice that: at a decay of 0.99
+# it has 70 steps to be found.
+DEAD_SHARE = 0.03
+
+
+class Codebook(nn.Module):
+    """H codebooks of S unit keys, moved by exponential averages of what falls on each code.
+
+    Args:
+        n_heads: H.
+        n_codes: S.
+        width: K.
+        decay: of the averages, per optimizer step.
+        seed: of the restarts.
+    """
+
+    codebook: Tensor
+    use: Tensor
+    born: Tensor
+    updates: Tensor
+
+    def __init__(self, n_heads: int, n_codes: int, width: int, decay: float, seed: int) -> None:
+        super().__init__()
+        self.decay, self.seed = decay, seed
+        codes = F.normalize(torch.randn(n_heads, n_codes, width), dim=-1)
+        self.register_buffer("codebook", codes)  # (H, S, K)
+        self.register_buffer("use", torch.zeros(n_heads, n_codes))  # averaged counts
+        born = torch.zeros(n_heads, n_codes, dtype=torch.int64)
+        self.register_buffer("born", born)  # the update that last restarted the code
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def statistics(self, k: Tensor, codes: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
+        """What an update needs, in fp64: sums over ranks then do not depend on their order.
+
+        Args:
+            k: (B, T, H, K).
+            codes: (B, T, H).
+            counted: (B, T) bool, False on pads; None: all.
+
+        Returns:
+            code_counts (H, S), code_sums (H, S, K) and code_errors (H,), squared distances.
+        """
+        heads, size, width = self.codebook.shape
+        k = k.detach().double()
+        weight = k.new_ones(k.shape[:3]) if counted is None else counted[..., None].expand_as(codes)
+        weight = weight.to(k.dtype)
+        rows = (codes + size * torch.arange(heads, device=k.device)).flatten()
+        counts = k.new_zeros(heads * size).index_add(0, rows, weight.flatten())
+        weighed = (k * weight.unsqueeze(-1)).flatten(0, 2)
+        sums = k.new_zeros(heads * size, width).index_add(0, rows, weighed)
+        errors = (k - look_up(codes, self.codebook)).square().sum(-1) * weight
+        return {
+            "code_counts": counts.view(heads, size),
+            "code_sums": sums.view(heads, size, width),
+            "code_errors": errors.sum((0, 1)),
+        }
+
+    @torch.no_grad()
+    def update(self, statistics: dict[str, Tensor]) -> None:
+        """One step of the averages, and new places for dead codes."""
+        counts, sums = statistics["code_counts"], statistics["code_sums"]
+        old = self.decay * self.use.double()
+        use = old + (1 - self.decay) * counts
+        moved = old.unsqueeze(-1) * self.codebook.double() + (1 - self.decay) * sums
+        codes = torch.where(
+            use.unsqueeze(-1) > 0, moved / use.clamp(min=1e-30).unsqueeze(-1), self.codebook
+        )
+        self.updates += 1
+
+        # A dead code goes beside one in use, as far away as keys typically lie from their code.
+        mean = use.mean(1, keepdim=True)
+        dead = use < DEAD_SHARE * mean
+        heads, size, width = codes.shape
+        index = torch.arange(heads * size, device=codes.device).view(heads, size)
+        share = use.cumsum(1) / use.sum(1, keepdim=True).clamp(min=1e-30)
+        draw = hash_uniform(self.seed, self.updates, index)
+        donor = torch.searchsorted(share, draw).clamp(max=size - 1)
+        beside = codes.gather(1, donor.unsqueeze(-1).expand_as(codes))
+        spread = (statistics["code_errors"] / counts.sum(1).clamp(min=1) / width).sqrt()
+        place = index.unsqueeze(-1) * width + torch.arange(width, device=codes.device)
+        noise = 12**0.5 * (hash_uniform(self.seed + 1, self.updates, place) - 0.5)
+        beside = beside + spread[:, None, None] * noise
+        self.codebook.copy_(torch.where(dead.unsqueeze(-1), beside, codes))
+        self.use.copy_(torch.where(dead, 2 * DEAD_SHARE * mean, use))
+        self.born.copy_(torch.where(dead, self.updates, self.born))
+
+
+def hash_uniform(seed: int, step: Tensor, index: Tensor) -> Tensor:
+    """A number in [0, 1) for each entry of `index`, the same on every rank and device; fp64."""
+    mixed = torch.full_like(index, seed)
+    for key in (step, index):
+        mixed = (mixed ^ key) & 0xFFFFFFFF
+        for _ in range(2):  # an integer hash of 32 bits; the products stay below 2^63
+            mixed = ((mixed ^ (mixed >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        mixed = mixed ^ (mixed >> 16)
+    return mixed.double() / 2**32
+
+
+class LongVQState(NamedTuple):
+    """ssm: of the SSM. With r tokens of the present block seen: k (B, W + r, H, K), normalised,
+    code (B, W + r, H), v (B, W + r, H, V). count (B, H, S) and mean (B, H, S, V): see `VQCache`;
+    born (B, H, S): the codebook's when they were counted."""
+
+    position: Tensor
+    phase: Tensor
+    ssm: Tensor
+    k: Tensor
+    code: Tensor
+    v: Tensor
+    count: Tensor
+    mean: Tensor
+    born: Tensor
+
+
+class LongVQ(TokenMixer):
+    """Gated attention to recent keys one by one and to all older ones through a codebook.
+
+    Args:
+        d_model: model width.
+        block_size: W; documents begin on its multiples.
+        n_heads: heads of the attention, each with its own codebook.
+        n_codes: S, codes per head.
+        d_shared: H K, width of all queries; 0: a quarter of the model width.
+        d_value: E, width of all values; 0: twice the model width.
+        memory: "s4d" or "ema", what q, k and the gates are computed from.
+        n_modes: N, modes of that memory per channel.
+        dt_min: smallest initial step size of "s4d".
+        dt_max: largest initial step size of "s4d".
+        position: "t5", a bias per distance and layer, or "rotary"; of recent keys only.
+        commitment: weight of |k - C[z]|^2 in the loss, summed over heads.
+        codebook_decay: of the codebook's averages, per optimizer step.
+        seed: of the places where dead codes restart.
+        chunk_size: tokens per chunk of the memory; divides `block_size`; speed only.
+        rotary_base: base of the rotary wavelengths.
+    """
+
+    takes_counted = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        block_size: int = 512,
+        n_heads: int = 1,
+        n_codes: int = 512,
+        d_shared: int = 0,
+        d_value: int = 0,
+        memory: Literal["s4d", "ema"] = "s4d",
+        n_modes: int = 16,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        position: Literal["t5", "rotary"] = "t5",
+        commitment: float = 0.01,
+        codebook_decay: float = 0.99,
+        seed: int = 0,
+        chunk_size: int = 64,
+        rotary_base: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        check_gated_options("longvq", d_model, d_shared, d_value, n_modes)
+        self.d_shared, self.d_value = d_shared or d_model // 4, d_value or 2 * d_model
+        check_vq_options(n_heads, n_codes, commitment, codebook_decay, self.d_value)
+        if memory not in ("s4d", "ema"):
+            raise ValueError(f"longvq.memory={memory!r} is unknown: choose s4d or ema")
+        if position not in ("t5", "rotary"):
+            raise ValueError(f"longvq.position={position!r} is unknown: choose t5 or rotary")
+        if chunk_size < 1 or block_size < 1 or block_size % chunk_size:
+            raise ValueError(
+                f"longvq.chunk_size={chunk_size} does not divide block_size={block_size}: "
+                f"documents begin on blocks and the memory's chunks must end there"
+            )
+        self.d_model, self.n_heads, self.n_codes, self.n_modes = d_model, n_heads, n_codes, n_modes
+        self.head_dim = check_heads("longvq", self.d_shared, n_heads)
+        self.block_size = self.reset_grid = block_size
+        self.chunk_size, self.commitment, self.rotary_base = chunk_size, commitment, rotary_base
+        self.ssm: DiagonalSSM | DampedEMA
+        if memory == "ema":
+            self.ssm = DampedEMA(d_model, n_modes, chunk_size)
+        else:
+            check_ssm_options("longvq", n_modes, dt_min, dt_max, "lin")
+            self.ssm = DiagonalSSM(
+                d_model, n_modes=n_modes, dt_min=dt_min, dt_max=dt_max, chunk_size=chunk_size
+            )
+        self.unit = GatedUnit(d_model, self.d_shared, self.d_value)
+        self.qk_scale = qk_scale(n_heads, self.head_dim)
+        self.bias = T5Bias(n_heads) if position == "t5" else None
+        self.codes = Codebook(n_heads, n_codes, self.head_dim, codebook_decay, seed)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LongVQState | None = None,
+        *,
+        resets: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> MixerOutput:
+        clock = self.clock(x, state, resets)
+        m, ssm = self.ssm(x, None if state is None else state.ssm, clock.resets, clock.edges)
+        parts = self.unit(x, F.silu(m))
+        q, k, v = (c.unflatten(-1, (self.n_heads, -1)) for c in (parts.q, parts.k, parts.v))
+        q = prepare_heads(q, normalize=True, scale=self.qk_scale)
+        k = prepare_heads(k, normalize=True)
+        book = self.codes.codebook
+        code = nearest_codes(k, book)
+        aux = self._report(k, code, counted) if self.training else {}
+        cache = self._empty_cache(x)
+        if state is not None:
+            alive = state.born == self.codes.born
+            cache = VQCache(state.count * alive, state.mean * alive.unsqueeze(-1))
+            known = alive.gather(2, state.code.clamp(min=0).transpose(1, 2)).transpose(1, 2)
+            code = torch.cat([torch.where(known, state.code, FORGOTTEN), code], 1)
+            k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in ((state.k, k), (state.v, v)))
+
+        local_q, local_k, bias = q, straight_through(k, code, book), None
+        if self.bias is not None:
+            bias = self.bias(torch.arange(2 * self.block_size, device=x.device))
+        else:
+            cached, base = k.shape[1] - q.shape[1], self.rotary_base
+            local_q = prepare_heads(q, start=cached, base=base)
+            local_k = prepare_heads(local_k, start=0, base=base)
+        offset = clock.phase % self.block_size
+        o, cache = vq_attention(
+            q,
+            local_q,
+            local_k,
+            code,
+            v,
+            book,
+            cache,
+            bias,
+            block_size=self.block_size,
+            offset=offset,
+            fresh=clock.fresh_blocks(self.block_size),
+        )
+        offset = (offset + clock.length) % self.block_size
+        keep = cached_keys("own_and_previous", self.block_size, offset)
+        after = LongVQState(
+            *clock.after(x),
+            ssm,
+            last_tokens(k, keep),
+            last_tokens(code.unsqueeze(-1), keep).squeeze(-1),
+            last_tokens(v, keep),
+            *cache,
+            self.codes.born.repeat(x.shape[0], 1, 1),
+        )
+        y = self.unit.finish(parts, o.flatten(2))
+        return MixerOutput(y, after, aux, gate=parts.u)
+
+    def _report(self, k: Tensor, code: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
+        """The commitment loss, and what falls on each code."""
+        with no_autocast(k):
+            wide = k.to(wide_dtype(k))
+            error = (wide - look_up(code, self.codes.codebook)).square().sum((2, 3))
+            if counted is not None:
+                error = error * counted
+            with torch.no_grad():
+                statistics = self.codes.statistics(k, code, counted)
+        return {"commitment_loss": self.commitment * error.sum(), **statistics}
+
+    def update_buffers(self, statistics: dict[str, Tensor]) -> None:
+        self.codes.update(statistics)
+
+    def health(self) -> dict[str, Tensor]:
+        """code_perplexity: codes in use, exp of the entropy of their use; dead_codes: restarted by
+        the last update. Both means over heads."""
+        use, born = self.codes.use.double(), self.codes.born
+        share = use / use.sum(1, keepdim=True).clamp(min=1e-30)
+        entropy = -(share * share.clamp(min=1e-30).log()).sum(1)
+        dead = (born == self.codes.updates) & (born > 0)
+        return {
+            "code_perplexity": entropy.exp().mean(),
+            "dead_codes": dead.sum(1).double().mean(),
+        }
+
+    def _empty_cache(self, x: Tensor) -> VQCache:
+        shape = (x.shape[0], self.n_heads, self.n_codes)
+        count = x.new_zeros(shape, dtype=wide_dtype(x))
+        return VQCache(count, count.new_zeros(*shape, self.d_value // self.n_heads))
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device, dtype: torch.dtype
+    ) -> LongVQState:
+        lane = torch.zeros(batch_size, self.block_size, self.n_heads, device=device, dtype=dtype)
+        empty = self._empty_cache(lane)
+        return LongVQState(
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+            lane.new_empty(batch_size, 0, 0),
+            self.ssm.init_state(batch_size, device=device, dtype=dtype),
+            lane.new_zeros(*lane.shape, self.head_dim),
+            torch.zeros_like(lane, dtype=torch.int64),
+            lane.new_zeros(*lane.shape, self.d_value // self.n_heads),
+            *empty,
+            torch.zeros_like(empty.count, dtype=torch.int64),
+        )
+
+    def flops_per_token(self, context: int) -> float:
+        # Whole blocks are assumed. Which code is nearest asks for a product with the codebook too.
+        w = min(self.block_size, context)
+        recent = (w + 1) / 2 + (context - w) / context * w
+        codes = max(0, context - 2 * w) / context * self.n_codes
+        attention = 2 * (self.d_shared + self.d_value) * (recent + codes)
+        memory = (
+            self.ssm.flops()
+            if isinstance(self.ssm, DampedEMA)
+            else ssm_flops(self.d_model, self.n_modes, self.chunk_size)
+        )
+        return self.unit.flops() + memory + attention + 2 * self.d_shared * self.n_codes
+
+    def executed_flops(self, length: int) -> float:
+        w, whole = self.block_size, length // self.block_size
+        tail = length - whole * w
+        recent = whole * w**2 + tail**2 + max(0, length - w) * w
+        attention = 2 * (self.d_shared + self.d_value) * (recent + length * self.n_codes)
+        memory = (
+            self.ssm.executed_flops(length)
+            if isinstance(self.ssm, DampedEMA)
+            else executed_ssm_flops(self.d_model, self.n_modes, self.chunk_size, length)
+        )
+        codes = 2 * length * self.d_shared * self.n_codes
+        return length * self.unit.flops() + memory + attention + codes
+
+    def no_decay_parameters(self) -> set[str]:
+        table = {"bias.table"} if self.bias is not None else set()
+        return {"unit.gain", "unit.offset"} | table | self.ssm_parameters()
+
+    def ssm_parameters(self) -> set[str]:
+        names = EMA_PARAMETERS if isinstance(self.ssm, DampedEMA) else UNDECAYED
+        return {f"ssm.{name}" for name in names}
+
+
+def check_vq_options(
+    n_heads: int, n_codes: int, commitment: float, decay: float, d_value: int
+) -> None:
+    """Raises ValueError, with the reason, for codebooks that cannot be."""
+    if n_codes < 1:
+        raise ValueError(f"longvq.n_codes={n_codes} must be at least 1")
+    if n_heads < 1 or d_value % n_heads:
+        raise ValueError(f"longvq.n_heads={n_heads} does not divide d_value={d_value}")
+    if not 0 <= decay < 1:
+        raise ValueError(
+            f"longvq.codebook_decay={decay} must lie in [0, 1): at 1 the codebook stands still"
+        )
+    if commitment < 0:
+        raise ValueError(f"longvq.commitment={commitment} must not be negative: it is a loss")

@@ -1,0 +1,255 @@
+"""Attention over vector-quantised keys at a cost linear in time (Transformer-VQ, 2309.16354).
+
+Time is cut into blocks. A query sees the keys of its own and the previous block one by one, with a
+position bias, and all older ones only through the codebook: how many keys fell on code s, l_s, and
+the mean of their values, mu_s.
+
+    score of a recent key j   q_i . k^_j + b_{i-j}          k^_j = C[z_j], straight-through
+    score of code s           q_i . C_s + log l_s           -inf where l_s = 0
+    o_i = sum_j a_ij v_j + sum_s a_is mu_s                  one softmax over both
+
+Shapes: B batch, T queries, M cached keys in front of them, H heads, S codes, K key width, V value
+width, W block size, R distances.
+
+It is not an approximation of attention over quantised keys but equal to it: keys with one code have
+one score, l of them weigh log l more, and a softmax is linear in values. Gradients agree too under
+one rule, which the quadratic twin states: straight-through (the gradient of k^ goes to k) inside
+the exact zone only; an older key is the constant C[z].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.ops.numerics import no_autocast, wide_dtype
+from pretrain.ops.relative_bias import toeplitz_bias
+from pretrain.ops.window_attention import _key_blocks, _keys_in_front, _query_runs
+
+FORGOTTEN = -1  # the code of a cached key that nobody may see any more
+
+
+class VQCache(NamedTuple):
+    """Everything before the previous block.
+
+    Attributes:
+        count: (B, H, S), l, in at least fp32 (exact up to 16 million keys per code).
+        mean: (B, H, S, V), mu; means and not sums, so that no length overflows them.
+    """
+
+    count: Tensor
+    mean: Tensor
+
+
+def nearest_codes(k: Tensor, codebook: Tensor) -> Tensor:
+    """The code argmin_s |k - C_s|^2 of each key, in at least fp32.
+
+    Args:
+        k: (B, T, H, K).
+        codebook: (H, S, K).
+
+    Returns:
+        (B, T, H) int64.
+    """
+    with no_autocast(k), torch.no_grad():
+        dtype = wide_dtype(k, codebook)
+        book = codebook.to(dtype)
+        dots = torch.einsum("bthk,hsk->bths", k.to(dtype), book)
+        return (dots - book.square().sum(-1) / 2).argmax(-1)
+
+
+def straight_through(k: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
+    """C[z], with the gradient going to k. Shapes as in `nearest_codes`; like `k`."""
+    return look_up(codes, codebook).to(k.dtype) + (k - k.detach())
+
+
+def look_up(codes: Tensor, codebook: Tensor) -> Tensor:
+    """C[z] (B, T, H, K) of codes (B, T, H); of forgotten keys anything."""
+    heads, size = codebook.shape[:2]
+    row = size * torch.arange(heads, device=codes.device)
+    return codebook.flatten(0, 1)[codes.clamp(min=0) + row]
+
+
+def vq_attention(
+    q: Tensor,
+    local_q: Tensor,
+    local_k: Tensor,
+    codes: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    cache: VQCache,
+    bias: Tensor | None = None,
+    *,
+    block_size: int,
+    offset: int = 0,
+    fresh: Tensor | None = None,
+) -> tuple[Tensor, VQCache]:
+    """The linear-time form.
+
+    Args:
+        q: (B, T, H, K), scaled, for the codebook.
+        local_q: like `q`, for recent keys: `q` itself, or rotated.
+        local_k: (B, M + T, H, K), straight-through keys, rotated as `local_q` is; M is W + offset,
+            or 0 when the call begins a document.
+        codes: (B, M + T, H) int64; `FORGOTTEN` ones are invisible.
+        v: (B, M + T, H, V).
+        codebook: (H, S, K), a constant.
+        cache: of the blocks before the previous one.
+        bias: (H, R), R >= 2W, by distance to recent keys.
+        block_size: W.
+        offset: tokens of the first block that came before this call, < W.
+        fresh: (B, blocks touched) bool, True where a document begins with that block; (B, 1) speaks
+            of the first block only; None: no block does.
+
+    Returns:
+        (B, T, H, V), and the cache for the call that follows.
+    """
+    counts, means, after = _caches(codes, v, cache, q.shape[1], block_size, offset, fresh)
+    wide = means.dtype
+    log_counts = counts.log()  # log 0 = -inf hides a code that nothing fell on
+    book, means = codebook.to(q.dtype).transpose(1, 2), means.to(v.dtype)
+    cached, outputs, block = local_k.shape[1] - q.shape[1], [], 0
+    for start, stop, size in _query_runs(q.shape[1], offset, block_size):
+        at = offset if start == 0 else 0
+        back = _keys_in_front("own_and_previous", block_size, cached - offset, start)
+        count = (stop - start) // size
+        first = cached + start - at - back
+        keys, values, seen = (
+            _key_blocks(x, first, back, at + size, count).unflatten(0, (-1, count)).transpose(2, 3)
+            for x in (local_k, v, codes.unsqueeze(-1))
+        )
+        far, near = (
+            x[:, start:stop].unflatten(1, (count, size)).transpose(2, 3) for x in (q, local_q)
+        )
+        recent = (near @ keys.transpose(-1, -2)).to(wide)  # (B, count, H, size, keys)
+        if bias is not None:
+            recent = recent + toeplitz_bias(bias, size, at + back + size, at + back + size - 1)
+        age = at + torch.arange(size, device=q.device).unsqueeze(1)
+        place = torch.arange(back + at + size, device=q.device) - back
+        visible = (place <= age) & (seen != FORGOTTEN).transpose(-1, -2)
+        if fresh is not None and block < fresh.shape[1]:
+            begun = fresh[:, block : block + count, None, None, None]
+            visible = visible & ~(begun & (place < 0))
+        recent = recent.masked_fill(~visible, -torch.inf)
+        old = (far @ book).to(wide) + log_counts[:, block : block + count].unsqueeze(-2)
+        weights = torch.cat([recent, old], -1).softmax(-1).to(v.dtype)
+        near, far = weights.split([recent.shape[-1], old.shape[-1]], -1)
+        y = near @ values + far @ means[:, block : block + count]
+        outputs.append(y.transpose(2, 3).flatten(1, 2))
+        block += count
+    return torch.cat(outputs, 1), after
+
+
+def _caches(
+    codes: Tensor,
+    v: Tensor,
+    cache: VQCache,
+    length: int,
+    block_size: int,
+    offset: int,
+    fresh: Tensor | None,
+) -> tuple[Tensor, Tensor, VQCache]:
+    """The cache that each block sees, (B, blocks, H, S) and (B, blocks, H, S, V), and the last.
+
+    A block sees what lies before its predecessor; when it ends, the predecessor joins the cache.
+    """
+    touched, ended = -(-(offset + length) // block_size), (offset + length) // block_size
+    first = 0 if codes.shape[1] > length else 1  # the first block that has a predecessor
+    joining = max(0, ended - first)
+    counts, sums = _block_statistics(codes, v, joining, block_size, cache)
+    seen: list[VQCache] = []
+    for block in range(touched):
+        keep = None
+        if fresh is not None and block < fresh.shape[1]:
+            keep = ~fresh[:, block, None, None]
+            cache = VQCache(cache.count * keep, cache.mean * keep.unsqueeze(-1))
+        seen.append(cache)
+        if first <= block < ended:
+            count, total = counts[:, block - first], sums[:, block - first]
+            if keep is not None:
+                count, total = count * keep, total * keep.unsqueeze(-1)
+            after = cache.count + count
+            share = 1 / after.clamp(min=1).unsqueeze(-1)
+            mean = cache.mean * (cache.count.unsqueeze(-1) * share) + total * share
+            cache = VQCache(after, mean)
+    return torch.stack([c.count for c in seen], 1), torch.stack([c.mean for c in seen], 1), cache
+
+
+def _block_statistics(
+    codes: Tensor, v: Tensor, blocks: int, block_size: int, like: VQCache
+) -> tuple[Tensor, Tensor]:
+    """Of the first whole blocks of keys: how many fell on each code, and the sum of their values.
+
+    Returns:
+        (B, blocks, H, S) and (B, blocks, H, S, V).
+    """
+    batch, _, heads, width = v.shape
+    size, dtype = like.count.shape[2], like.mean.dtype
+    codes = codes[:, : blocks * block_size].unflatten(1, (blocks, block_size))
+    values = v[:, : blocks * block_size].to(dtype).unflatten(1, (blocks, block_size))
+    seen = (codes != FORGOTTEN).to(dtype)
+    group = torch.arange(batch * blocks, device=v.device).view(batch, blocks, 1, 1) * heads
+    rows = (group + torch.arange(heads, device=v.device)) * size + codes.clamp(min=0)
+    counts = v.new_zeros(batch * blocks * heads * size, dtype=dtype)
+    counts = counts.index_add(0, rows.flatten(), seen.flatten())
+    sums = v.new_zeros(batch * blocks * heads * size, width, dtype=dtype)
+    sums = sums.index_add(0, rows.flatten(), (values * seen.unsqueeze(-1)).flatten(0, 3))
+    shape = (batch, blocks, heads, size)
+    return counts.view(shape), sums.view(*shape, width)
+
+
+def vq_attention_quadratic(
+    q: Tensor,
+    local_q: Tensor,
+    local_k: Tensor,
+    codes: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    cache: VQCache,
+    bias: Tensor | None = None,
+    *,
+    block_size: int,
+    offset: int = 0,
+    fresh: Tensor | None = None,
+) -> tuple[Tensor, VQCache]:
+    """One dense softmax over all keys of the call, each by itself: the definition.
+
+    Signature of `vq_attention`. Keys older than the call's are known only as its first cache: they
+    enter as l_s copies of a key C_s with value mu_s.
+    """
+    length, cached, size = q.shape[1], local_k.shape[1] - q.shape[1], codebook.shape[1]
+    query = (offset + torch.arange(length, device=q.device)).unsqueeze(1)
+    key = torch.arange(cached + length, device=q.device) - (cached - offset)
+    query_block, key_block = query // block_size, key.div(block_size, rounding_mode="floor")
+    begun = q.new_zeros(q.shape[0], int(query_block[-1]) + 2, dtype=torch.int64)
+    if fresh is not None:
+        begun[:, 1 : 1 + fresh.shape[1]] = fresh.long()
+    begun = begun.cumsum(1)  # column 0: everything before the first block
+    document = begun[:, 1 + key_block.clamp(min=-1)]
+    visible = (key <= query) & (begun[:, 1 + query_block[:, 0]].unsqueeze(2) == document[:, None])
+    visible = visible.unsqueeze(1) & (codes != FORGOTTEN).permute(0, 2, 1).unsqueeze(2)
+
+    old = torch.einsum("bthk,bshk->bhts", q, look_up(codes, codebook).to(q.dtype))
+    recent = torch.einsum("bthk,bshk->bhts", local_q, local_k)
+    if bias is not None:
+        recent = recent + bias[:, (query - key).clamp(0, bias.shape[1] - 1)]
+    scores = torch.where(query_block - key_block <= 1, recent, old)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    before = torch.einsum("bthk,hsk->bhts", q, codebook.to(q.dtype))
+    before = before + cache.count.log().unsqueeze(2)
+    alive = begun[:, 1 + query_block[:, 0]] == 0
+    before = before.masked_fill(~alive[:, None, :, None], -torch.inf)
+    weights = torch.cat([scores, before], -1).softmax(-1)
+    y = torch.einsum("bhts,bshv->bthv", weights[..., :-size], v)
+    y = y + torch.einsum("bhts,bhsv->bthv", weights[..., -size:], cache.mean)
+
+    last = (offset + length) // block_size - 1  # this block and the next stay out of the cache
+    present = begun[:, -1:]
+    gone = (key_block < last) & (document == present)
+    one_hot = (codes.unsqueeze(-1) == torch.arange(size, device=q.device)) & gone[..., None, None]
+    one_hot = one_hot.to(cache.count.dtype)
+    kept = (present == 0).unsqueeze(2)
+    count = cache.count * kept + one_hot.sum(1)
+    total = (cache.count * kept).unsqueeze(-1) * cache.mean
+    total = total + torch.einsum("bths,bthv->bhsv", one_hot, v)
+    return y, VQCache(count, total / count.clamp(min=1).unsqueeze(-1))
