@@ -94,7 +94,7 @@ class Codebook(nn.Module):
             counted: (B, T) bool, False on pads; None: all.
 
         Returns:
-            code_counts (H, S), code_sums (H, S, K) and code_errors (H,), squared distances.
+            code_counts (H, S), code_sums (H, S, K) and code_errors (H, S), squared distances.
         """
         heads, size, width = self.codebook.shape
         k = k.detach().double()
@@ -105,10 +105,11 @@ class Codebook(nn.Module):
         weighed = (k * weight.unsqueeze(-1)).flatten(0, 2)
         sums = k.new_zeros(heads * size, width).index_add(0, rows, weighed)
         errors = (k - look_up(codes, self.codebook)).square().sum(-1) * weight
+        errors = k.new_zeros(heads * size).index_add(0, rows, errors.flatten())
         return {
             "code_counts": counts.view(heads, size),
             "code_sums": sums.view(heads, size, width),
-            "code_errors": errors.sum((0, 1)),
+            "code_errors": errors.view(heads, size),
         }
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class Codebook(nn.Module):
         )
         self.updates += 1
 
-        # A dead code goes beside one in use, as far away as keys typically lie from their code.
+        # A dead code goes beside one in use, as far away as keys lie from the mean of their code.
         mean = use.mean(1, keepdim=True)
         dead = use < DEAD_SHARE * mean
         heads, size, width = codes.shape
@@ -132,7 +133,10 @@ class Codebook(nn.Module):
         draw = hash_uniform(self.seed, self.updates, index)
         donor = torch.searchsorted(share, draw).clamp(max=size - 1)
         beside = codes.gather(1, donor.unsqueeze(-1).expand_as(codes))
-        spread = (statistics["code_errors"] / counts.sum(1).clamp(min=1) / width).sqrt()
+        shift = sums / counts.clamp(min=1).unsqueeze(-1) - self.codebook
+        around = statistics["code_errors"] - counts * shift.square().sum(-1)
+        spread = around.sum(1).clamp(min=0) / counts.sum(1).clamp(min=1)  # a variance
+        spread = (spread / width).sqrt()
         place = index.unsqueeze(-1) * width + torch.arange(width, device=codes.device)
         noise = 12**0.5 * (hash_uniform(self.seed + 1, self.updates, place) - 0.5)
         beside = beside + spread[:, None, None] * noise
@@ -154,7 +158,7 @@ def hash_uniform(seed: int, step: Tensor, index: Tensor) -> Tensor:
 
 class LongVQState(NamedTuple):
     """ssm: of the SSM. With r tokens of the present block seen: k (B, W + r, H, K), normalised,
-    code (B, W + r, H), v (B, W + r, H, V). count (B, H, S) and mean (B, H, S, V): see `VQCache`;
+    code (B, W + r, H), v (B, W + r, H, V). counts (B, H, S) and means (B, H, S, V): see `VQCache`;
     born (B, H, S): the codebook's when they were counted."""
 
     position: Tensor
@@ -163,8 +167,8 @@ class LongVQState(NamedTuple):
     k: Tensor
     code: Tensor
     v: Tensor
-    count: Tensor
-    mean: Tensor
+    counts: Tensor
+    means: Tensor
     born: Tensor
 
 
@@ -262,7 +266,7 @@ class LongVQ(TokenMixer):
         cache = self._empty_cache(x)
         if state is not None:
             alive = state.born == self.codes.born
-            cache = VQCache(state.count * alive, state.mean * alive.unsqueeze(-1))
+            cache = VQCache(state.counts * alive, state.means * alive.unsqueeze(-1))
             known = alive.gather(2, state.code.clamp(min=0).transpose(1, 2)).transpose(1, 2)
             code = torch.cat([torch.where(known, state.code, FORGOTTEN), code], 1)
             k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in ((state.k, k), (state.v, v)))
@@ -346,7 +350,7 @@ class LongVQ(TokenMixer):
             torch.zeros_like(lane, dtype=torch.int64),
             lane.new_zeros(*lane.shape, self.d_value // self.n_heads),
             *empty,
-            torch.zeros_like(empty.count, dtype=torch.int64),
+            torch.zeros_like(empty.counts, dtype=torch.int64),
         )
 
     def flops_per_token(self, context: int) -> float:

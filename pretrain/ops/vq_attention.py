@@ -33,12 +33,12 @@ class VQCache(NamedTuple):
     """Everything before the previous block.
 
     Attributes:
-        count: (B, H, S), l, in at least fp32 (exact up to 16 million keys per code).
-        mean: (B, H, S, V), mu; means and not sums, so that no length overflows them.
+        counts: (B, H, S), l, in at least fp32 (exact up to 16 million keys per code).
+        means: (B, H, S, V), mu; means and not sums, so that no length overflows them.
     """
 
-    count: Tensor
-    mean: Tensor
+    counts: Tensor
+    means: Tensor
 
 
 def nearest_codes(k: Tensor, codebook: Tensor) -> Tensor:
@@ -162,17 +162,17 @@ def _caches(
         keep = None
         if fresh is not None and block < fresh.shape[1]:
             keep = ~fresh[:, block, None, None]
-            cache = VQCache(cache.count * keep, cache.mean * keep.unsqueeze(-1))
+            cache = VQCache(cache.counts * keep, cache.means * keep.unsqueeze(-1))
         seen.append(cache)
         if first <= block < ended:
             count, total = counts[:, block - first], sums[:, block - first]
             if keep is not None:
                 count, total = count * keep, total * keep.unsqueeze(-1)
-            after = cache.count + count
+            after = cache.counts + count
             share = 1 / after.clamp(min=1).unsqueeze(-1)
-            mean = cache.mean * (cache.count.unsqueeze(-1) * share) + total * share
+            mean = cache.means * (cache.counts.unsqueeze(-1) * share) + total * share
             cache = VQCache(after, mean)
-    return torch.stack([c.count for c in seen], 1), torch.stack([c.mean for c in seen], 1), cache
+    return torch.stack([c.counts for c in seen], 1), torch.stack([c.means for c in seen], 1), cache
 
 
 def _block_statistics(
@@ -184,7 +184,7 @@ def _block_statistics(
         (B, blocks, H, S) and (B, blocks, H, S, V).
     """
     batch, _, heads, width = v.shape
-    size, dtype = like.count.shape[2], like.mean.dtype
+    size, dtype = like.counts.shape[2], like.means.dtype
     codes = codes[:, : blocks * block_size].unflatten(1, (blocks, block_size))
     values = v[:, : blocks * block_size].to(dtype).unflatten(1, (blocks, block_size))
     seen = (codes != FORGOTTEN).to(dtype)
@@ -236,20 +236,20 @@ def vq_attention_quadratic(
     scores = torch.where(query_block - key_block <= 1, recent, old)
     scores = scores.masked_fill(~visible, -torch.inf)
     before = torch.einsum("bthk,hsk->bhts", q, codebook.to(q.dtype))
-    before = before + cache.count.log().unsqueeze(2)
+    before = before + cache.counts.log().unsqueeze(2)
     alive = begun[:, 1 + query_block[:, 0]] == 0
     before = before.masked_fill(~alive[:, None, :, None], -torch.inf)
     weights = torch.cat([scores, before], -1).softmax(-1)
     y = torch.einsum("bhts,bshv->bthv", weights[..., :-size], v)
-    y = y + torch.einsum("bhts,bhsv->bthv", weights[..., -size:], cache.mean)
+    y = y + torch.einsum("bhts,bhsv->bthv", weights[..., -size:], cache.means)
 
     last = (offset + length) // block_size - 1  # this block and the next stay out of the cache
     present = begun[:, -1:]
     gone = (key_block < last) & (document == present)
     one_hot = (codes.unsqueeze(-1) == torch.arange(size, device=q.device)) & gone[..., None, None]
-    one_hot = one_hot.to(cache.count.dtype)
+    one_hot = one_hot.to(cache.counts.dtype)
     kept = (present == 0).unsqueeze(2)
-    count = cache.count * kept + one_hot.sum(1)
-    total = (cache.count * kept).unsqueeze(-1) * cache.mean
+    count = cache.counts * kept + one_hot.sum(1)
+    total = (cache.counts * kept).unsqueeze(-1) * cache.means
     total = total + torch.einsum("bths,bthv->bhsv", one_hot, v)
     return y, VQCache(count, total / count.clamp(min=1).unsqueeze(-1))

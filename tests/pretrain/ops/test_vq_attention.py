@@ -58,7 +58,7 @@ def evaluate(
         fresh=fresh,
     )
     generator = torch.Generator().manual_seed(1)
-    held = cache.mean * (cache.count > 0).unsqueeze(-1)  # the mean of nothing is anything
+    held = cache.means * (cache.counts > 0).unsqueeze(-1)  # the mean of nothing is anything
     loss = sum(
         (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum()
         for t in (y, held)
