@@ -7,12 +7,14 @@ from typing import Any
 from pretrain.mixers.attention import Attention
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.bst import BlockStateTransformer
+from pretrain.mixers.ema import EMA
 from pretrain.mixers.gss import GatedStateSpace
 from pretrain.mixers.longvq import LongVQ
 from pretrain.mixers.mamba2 import Mamba2
 from pretrain.mixers.mega import Mega
 from pretrain.mixers.s4 import S4
 from pretrain.mixers.s4d import S4D
+from pretrain.mixers.s5 import S5
 from pretrain.mixers.spade import Spade
 from pretrain.mixers.swa import SlidingWindowAttention
 from pretrain.mixers.transformer_ls import TransformerLS
@@ -20,12 +22,14 @@ from pretrain.mixers.transformer_ls import TransformerLS
 MIXERS: dict[str, type[TokenMixer]] = {
     "attention": Attention,
     "bst": BlockStateTransformer,
+    "ema": EMA,
     "gss": GatedStateSpace,
     "longvq": LongVQ,
     "mamba2": Mamba2,
     "mega": Mega,
     "s4": S4,
     "s4d": S4D,
+    "s5": S5,
     "spade": Spade,
     "swa": SlidingWindowAttention,
     "transformer_ls": TransformerLS,

@@ -10,7 +10,7 @@ lag 0 counts once.
 """
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,50 @@ from torch import Tensor, nn
 
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.ops.numerics import matmul_dtype
+
+
+class SequenceFilter(Protocol):
+    """What a `StateSpaceLayer` asks of the module inside.
+
+    Attributes:
+        d_model: channels in and out.
+        chunk_size: tokens per chunk; documents begin on its multiples.
+        causal: False where both sides are seen; state and resets are None then.
+    """
+
+    d_model: int
+    chunk_size: int
+    causal: bool
+
+    @property
+    def undecayed(self) -> tuple[str, ...]:
+        """Parameters without weight decay, at the state-space learning rate."""
+        ...
+
+    def __call__(
+        self, u: Tensor, state: Tensor | None, resets: Tensor | None, edges: range, /
+    ) -> tuple[Tensor, Tensor]:
+        """u (B, T, D) and the state before it -> y like u and the state after it."""
+        ...
+
+    def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Zeros, in at least fp32, lanes first."""
+        ...
+
+    def flops_per_token(self) -> float:
+        """By the convention, of both directions."""
+        ...
+
+    def executed_flops(self, length: int) -> float:
+        """Of one sequence of `length` tokens, with both halves of a Toeplitz product."""
+        ...
+
+
+def tokens_ahead(u: Tensor) -> Tensor:
+    """u (B, T, D) flipped in time and delayed by one: a causal filter then sees at its place for
+    token i, T - 1 - i, the tokens i + 1 and on, so that lag 0 counts in the other direction only.
+    """
+    return F.pad(u.flip(1)[:, :-1], (0, 0, 1, 0))
 
 
 class StateSpaceModel(nn.Module):
@@ -53,6 +97,7 @@ class StateSpaceModel(nn.Module):
     ) -> None:
         super().__init__()
         self.d_model, self.n_modes, self.chunk_size = d_model, n_modes, chunk_size
+        self.causal = causal
         # Real pairs throughout: complex parameters break under ZeRO.
         log_dt = torch.empty(d_model).uniform_(math.log(dt_min), math.log(dt_max))
         self.log_dt = nn.Parameter(log_dt)
@@ -79,9 +124,9 @@ class StateSpaceModel(nn.Module):
         u = u.to(matmul_dtype(u))
         y, state = self.filter(u, self.C, self.D, state, resets, edges)
         if self.C_reverse is not None:
-            later = F.pad(u.flip(1)[:, :-1], (0, 0, 1, 0))
             none = torch.zeros_like(self.D)
-            y = y + self.filter(later, self.C_reverse, none, None, None, range(0))[0].flip(1)
+            ahead, _ = self.filter(tokens_ahead(u), self.C_reverse, none, None, None, range(0))
+            y = y + ahead.flip(1)
         return y, state
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -100,7 +145,7 @@ class StateSpaceModel(nn.Module):
 
 
 class SSMState(NamedTuple):
-    """ssm: (B, D, 2, N) in at least fp32."""
+    """ssm: the SSM's own, (B, D, 2, N) where each channel has one; in at least fp32."""
 
     position: Tensor
     phase: Tensor
@@ -111,14 +156,14 @@ class StateSpaceLayer(TokenMixer):
     """GLU(W gelu(SSM(x))), causal or two-sided, as the SSM is.
 
     Args:
-        ssm: the state-space model.
+        ssm: a module that filters along time.
     """
 
     two_sided = True
 
-    def __init__(self, ssm: StateSpaceModel) -> None:
+    def __init__(self, ssm: SequenceFilter) -> None:
         super().__init__()
-        self.d_model, self.causal = ssm.d_model, ssm.C_reverse is None
+        self.d_model, self.causal = ssm.d_model, ssm.causal
         self.block_size = self.reset_grid = ssm.chunk_size
         self.ssm = ssm
         self.out_proj = nn.Linear(self.d_model, 2 * self.d_model, bias=False)

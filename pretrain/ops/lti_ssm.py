@@ -96,7 +96,7 @@ class _ChunkOperators(NamedTuple):
     carry_out: Tensor
 
 
-def _discretise(p: SSMParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def discretise(p: SSMParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dt A and c as four (D, N) tensors: decay, angle (per token), c_re, c_im."""
     dt = p.log_dt.to(dtype).exp().unsqueeze(-1)
     a_re, a_im = -p.log_A_real.to(dtype).exp(), p.A_imag.to(dtype)
@@ -112,7 +112,7 @@ def _discretise(p: SSMParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     return decay, angle, c_re * b_re - c_im * b_im, c_re * b_im + c_im * b_re
 
 
-def _powers(decay: Tensor, angle: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+def mode_powers(decay: Tensor, angle: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """z^t for t in `steps` (K,): re and im, each (D, K, N)."""
     t = steps.to(decay.dtype).unsqueeze(-1)
     magnitude, phase = (decay.unsqueeze(1) * t).exp(), angle.unsqueeze(1) * t
@@ -120,8 +120,8 @@ def _powers(decay: Tensor, angle: Tensor, steps: Tensor) -> tuple[Tensor, Tensor
 
 
 def _chunk_operators(p: SSMParameters, size: int, dtype: torch.dtype) -> _ChunkOperators:
-    decay, angle, c_re, c_im = _discretise(p, dtype)
-    re, im = _powers(decay, angle, torch.arange(size + 1, device=decay.device))
+    decay, angle, c_re, c_im = discretise(p, dtype)
+    re, im = mode_powers(decay, angle, torch.arange(size + 1, device=decay.device))
     c_re, c_im = 2 * c_re.unsqueeze(1), 2 * c_im.unsqueeze(1)
     out_re = c_re * re - c_im * im  # Re(2 c z^t)
     out_im = c_re * im + c_im * re
@@ -159,7 +159,7 @@ def _chunks(
     decay = powers[:, size].view(channels, modes, 2)
     if s is None:
         s = local.new_zeros(channels, batch, modes, 2)
-    before, s = _chunk_scan(local, decay, s.to(wide), keep)
+    before, s = chunk_scan(local, decay, s.to(wide), keep)
     y = torch.bmm(x, toeplitz(taps[:, :size]).to(x.dtype))
     before = before.view(channels, -1, 2 * modes).to(x.dtype)
     y = torch.baddbmm(y, before, carry_out[:, :, :size].to(x.dtype))
@@ -167,7 +167,7 @@ def _chunks(
 
 
 @torch.library.custom_op("longspan::chunk_scan", mutates_args=())
-def _chunk_scan(
+def chunk_scan(
     local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """before_{j+1} = decay before_j + local_j over chunks; complex numbers as trailing pairs.
@@ -213,7 +213,7 @@ def _chunk_scan_backward(
     return torch.view_as_real(d_local), torch.view_as_real(d_decay), torch.view_as_real(now)
 
 
-@_chunk_scan.register_fake
+@chunk_scan.register_fake
 def _(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(local), s.new_empty(s.shape)
 
@@ -234,7 +234,7 @@ def _backward_of_scan(ctx: Any, d_before: Tensor, d_s: Tensor) -> tuple[Tensor |
     return *_chunk_scan_backward(d_before, d_s, before, decay, keep), None
 
 
-_chunk_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)
+chunk_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)
 
 
 def lti_ssm_naive(
@@ -250,7 +250,7 @@ def lti_ssm_naive(
     del chunk_size
     with no_autocast(u):
         dtype = wide_dtype(u)
-        decay, angle, c_re, c_im = _discretise(parameters, dtype)
+        decay, angle, c_re, c_im = discretise(parameters, dtype)
         z_re, z_im = decay.exp() * angle.cos(), decay.exp() * angle.sin()
         re, im = _initial_state(u, state, z_re)
         skip = parameters.D.to(dtype)
@@ -293,12 +293,12 @@ def lti_ssm_fft(
 def _fft_segment(u: Tensor, p: SSMParameters, state: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = wide_dtype(u)
     length, channels = u.shape[1:]
-    decay, angle, c_re, c_im = _discretise(p, dtype)
+    decay, angle, c_re, c_im = discretise(p, dtype)
     # Factored Vandermonde: z^(qQ + r) = z^(qQ) z^r, so nothing of size (D, N, T) is ever made.
     inner = min(length, max(1, math.isqrt(length)))
     outer = -(-length // inner)
-    low_re, low_im = _powers(decay, angle, torch.arange(inner, device=u.device))  # (D, Q, N)
-    high_re, high_im = _powers(decay, angle, inner * torch.arange(outer + 1, device=u.device))
+    low_re, low_im = mode_powers(decay, angle, torch.arange(inner, device=u.device))  # (D, Q, N)
+    high_re, high_im = mode_powers(decay, angle, inner * torch.arange(outer + 1, device=u.device))
 
     # The kernel, padded to outer * inner taps: Re(2 c z^(qQ) . z^r) is a real product over 2N.
     w_re, w_im = 2 * c_re.unsqueeze(1), 2 * c_im.unsqueeze(1)
@@ -312,7 +312,7 @@ def _fft_segment(u: Tensor, p: SSMParameters, state: Tensor | None) -> tuple[Ten
     y = torch.fft.irfft(spectrum, n=size)[..., :length] + p.D.to(dtype)[:, None, None] * x
 
     re, im = _initial_state(u, state, low_re[:, 0])
-    z_re, z_im = _powers(decay, angle, torch.ones(1, device=u.device))
+    z_re, z_im = mode_powers(decay, angle, torch.ones(1, device=u.device))
     after_re, after_im = z_re[:, 0] * re - z_im[:, 0] * im, z_re[:, 0] * im + z_im[:, 0] * re
     # Carried state: 2 Re(c z^(t+1) s) for every t by the same factoring, with z s in place of s.
     rows_re = torch.einsum("dqn,bdn->dbqn", left[:, :outer, : re.shape[-1]], after_re)
@@ -329,7 +329,7 @@ def _fft_segment(u: Tensor, p: SSMParameters, state: Tensor | None) -> tuple[Ten
     hi_re, hi_im = high_re[:, None, :outer], high_im[:, None, :outer]
     sum_re = (part_re * hi_re - part_im * hi_im).sum(2).transpose(0, 1)
     sum_im = (part_re * hi_im + part_im * hi_re).sum(2).transpose(0, 1)
-    t_re, t_im = _powers(decay, angle, torch.full((1,), length, device=u.device))
+    t_re, t_im = mode_powers(decay, angle, torch.full((1,), length, device=u.device))
     end_re = t_re[:, 0] * re - t_im[:, 0] * im + sum_re
     end_im = t_re[:, 0] * im + t_im[:, 0] * re + sum_im
     return y.permute(1, 2, 0).to(u.dtype), torch.stack([end_re, end_im], 2)

@@ -35,6 +35,9 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "own": BST | {"self_attention": "own"},
         "t5": BST | {"position": "t5"},
     },
+    "ema": {
+        "damped": {"n_modes": 3, "chunk_size": 4},
+    },
     "gss": {
         # Not narrower: a LayerNorm over two numbers has little but their order to pass on.
         "full width": {"n_modes": 3, "chunk_size": 4, "reduce": 1},
@@ -60,6 +63,9 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "lin": {"n_modes": 3, "chunk_size": 4},
         "legs": {"n_modes": 3, "chunk_size": 4, "init": "legs"},
         "real": {"n_modes": 3, "chunk_size": W, "init": "real"},
+    },
+    "s5": {
+        "legs": {"n_modes": 5, "chunk_size": 4},
     },
     "spade": {
         "concat": SPADE,

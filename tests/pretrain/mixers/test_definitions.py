@@ -100,11 +100,6 @@ def ssm(p: Any, u: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-def s4d(mixer: Any, x: Tensor) -> Tensor:
-    value, gate = (F.gelu(ssm(mixer.ssm, x)) @ mixer.out_proj.weight.T).chunk(2, -1)
-    return value * gate.sigmoid()
-
-
 def ema(p: Any, u: Tensor) -> Tensor:
     """The loop of MEGA (2209.10655), as its released code writes the coefficients."""
     rate = p.delta.sigmoid()
@@ -172,9 +167,27 @@ def nplr(p: Any, u: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-def s4(mixer: Any, x: Tensor) -> Tensor:
-    value, gate = (F.gelu(nplr(mixer.ssm, x)) @ mixer.out_proj.weight.T).chunk(2, -1)
-    return value * gate.sigmoid()
+def mimo(p: Any, u: Tensor) -> Tensor:
+    """One system for all channels, s = exp(dt L) s + (exp(dt L) - 1)/L B u (2208.04933)."""
+    a = torch.complex(-p.log_A_real.exp(), p.A_imag)
+    z = (p.log_dt.exp() * a).exp()
+    b = ((z - 1) / a)[:, None] * torch.view_as_complex(p.B)
+    c = torch.view_as_complex(p.C)
+    state, outputs = torch.zeros(BATCH, len(a), dtype=a.dtype), []
+    for u_t in u.unbind(1):
+        state = z * state + u_t.to(b.dtype) @ b.T
+        outputs.append(2 * (state @ c.T).real + p.D * u_t)
+    return torch.stack(outputs, 1)
+
+
+def layer(filters: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """GLU(W gelu(.)) of what `filters` makes of x."""
+
+    def mix(mixer: Any, x: Tensor) -> Tensor:
+        value, gate = (F.gelu(filters(mixer.ssm, x)) @ mixer.out_proj.weight.T).chunk(2, -1)
+        return value * gate.sigmoid()
+
+    return mix
 
 
 def spade(mixer: Any, x: Tensor) -> Tensor:
@@ -312,12 +325,14 @@ def transformer_ls(mixer: Any, x: Tensor) -> Tensor:
 DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": attention,
     "bst": bst,
+    "ema": layer(ema),
     "gss": gss,
     "longvq": longvq,
     "mamba2": mamba2,
     "mega": mega,
-    "s4": s4,
-    "s4d": s4d,
+    "s4": layer(nplr),
+    "s4d": layer(ssm),
+    "s5": layer(mimo),
     "spade": spade,
     "swa": swa,
     "transformer_ls": transformer_ls,
@@ -333,6 +348,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("bst", BST),
     ("bst", BST | {"self_attention": "own"}),
     ("bst", BST | {"position": "t5"}),
+    ("ema", {"n_modes": 3, "chunk_size": 4}),
     ("gss", {"n_modes": 3, "chunk_size": 4, "reduce": 2}),
     ("longvq", LONGVQ),
     ("longvq", LONGVQ | {"memory": "ema", "position": "rotary", "n_heads": 1}),
@@ -343,6 +359,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("mega", MEGA | {"chunk_size": 0, "weighting": "laplace"}),
     ("s4", {"n_modes": 3, "chunk_size": 4}),
     ("s4d", {"n_modes": 3, "chunk_size": 4}),
+    ("s5", {"n_modes": 5, "chunk_size": 4}),
     ("spade", SPADE),
     ("spade", SPADE | {"ssm": "s4", "attention": "chunk"}),
     ("spade", SPADE | {"combine": "add", "position": "t5"}),

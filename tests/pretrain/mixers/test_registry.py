@@ -43,6 +43,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("s4d", {"dt_min": 0.1, "dt_max": 0.01}, "0 < dt_min <= dt_max"),
     ("s4d", {"n_modes": 0}, "must be at least 1"),
     ("s4d", {"chunk_size": 0}, "at least 1 token"),
+    ("ema", {"n_modes": 0}, "must be at least 1"),
+    ("s5", {"dt_max": 0.0}, "0 < dt_min <= dt_max"),
     ("s4", {"chunk_size": 0}, "at least 1 token"),
     ("s4", {"dt_min": 0.0}, "0 < dt_min <= dt_max"),
     ("transformer_ls", {"n_heads": 2, "chunk_size": 3}, "does not divide window_size=512"),

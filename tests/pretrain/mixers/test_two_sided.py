@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_definitions import attend, heads, nplr, rotated, scaled, ssm
+from test_definitions import attend, ema, heads, mimo, nplr, rotated, scaled, ssm
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +22,14 @@ D_MODEL, W, BATCH, LENGTH = 8, 8, 2, 27
 
 # The same sums in another order, fp64.
 SAME = 1e-10
+
+
+def ema_both_ways(mixer: Any, x: Tensor) -> Tensor:
+    """Two EMAs; the one for the future reads the input from the next token on."""
+    ahead = torch.cat([torch.zeros_like(x[:, :1]), x.flip(1)[:, :-1]], 1)
+    y = ema(mixer.ssm, x) + ema(mixer.ssm.reverse, ahead).flip(1)
+    value, gate = (F.gelu(y) @ mixer.out_proj.weight.T).chunk(2, -1)
+    return value * gate.sigmoid()
 
 
 def both_ways(filters: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
@@ -61,8 +69,10 @@ def swa(mixer: Any, x: Tensor) -> Tensor:
 
 WINDOW = {"n_heads": 2, "window_size": W}
 ROWS: dict[str, tuple[str, dict[str, Any], Callable[[Any, Tensor], Tensor]]] = {
+    "ema": ("ema", {"n_modes": 3, "chunk_size": 4}, ema_both_ways),
     "s4": ("s4", {"n_modes": 3, "chunk_size": 4}, both_ways(nplr)),
     "s4d": ("s4d", {"n_modes": 3, "chunk_size": 4}, both_ways(ssm)),
+    "s5": ("s5", {"n_modes": 5, "chunk_size": 4}, both_ways(mimo)),
     "swa": ("swa", WINDOW, swa),
     "swa t5": ("swa", WINDOW | {"position": "t5", "qk_norm": True}, swa),
 }
