@@ -82,8 +82,8 @@ def set_up(arguments: list[str]) -> Trainer | None:
     model = LanguageModel(config.model)
     if config.train.carry_state and not model.constant_state:
         raise ValueError(
-            "train.carry_state=true: a layer of this model keeps every past token, so its state "
-            "would grow without end; use train.carry_state=false"
+            "train.carry_state=true: a layer of this model has no state of constant size (it keeps "
+            "every past token, or is tied to its segment); use train.carry_state=false"
         )
     loader = build_loader(
         corpus,

@@ -111,7 +111,8 @@ class TokenMixer(nn.Module):
     Attributes:
         block_size: the mixer's own grid: resets may only fall on its multiples (1: anywhere).
         reset_grid: the model's grid, the least common multiple over its layers, set by the model.
-        constant_state: False when the state grows with the context (full attention's cache).
+        constant_state: False when the state grows with the context (full attention's cache), or
+            when there is none to carry.
         two_sided: True when the constructor takes `causal=False`.
         causal: False in an encoder. Such a mixer reads whole sequences, one per lane: it takes no
             state and no resets, returns no state, and its forward has `padding`, (B, T) bool, True

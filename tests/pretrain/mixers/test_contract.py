@@ -34,6 +34,8 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "own_and_previous": BST,
         "own": BST | {"self_attention": "own"},
         "t5": BST | {"position": "t5"},
+        "multi-head": BST | {"variant": "mh"},
+        "multi-filter": BST | {"variant": "mf", "n_filters": 5},
     },
     "ema": {
         "damped": {"n_modes": 3, "chunk_size": 4},

@@ -8,6 +8,7 @@ Shapes: B batch, T time, D width, H heads, K head width, N modes. W is the windo
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,18 +243,44 @@ def longvq(mixer: Any, x: Tensor) -> Tensor:
     return gated_unit(mixer, x, attend_to_codes)
 
 
+def previous_block_states(reader: Any, p: Any, x: Tensor, q: Tensor) -> Tensor:
+    """Variant MF: every filter everywhere; a block reads the last values of the one before."""
+    log_dt, log_a, a_imag = p.log_dt, p.log_A_real, p.A_imag
+    filters = [
+        SimpleNamespace(log_dt=log_dt, log_A_real=log_a, A_imag=a_imag, C=c, D=d)
+        for c, d in zip(p.C, p.D, strict=True)
+    ]
+    outputs = torch.stack([ssm(f, x) for f in filters], 2)  # (B, T, S, D)
+    read = []
+    for t in range(LENGTH):
+        last = t // W * W - 1
+        states = outputs[:, last] if last >= 0 else reader.initial.expand(BATCH, -1, -1)
+        kc, vc = heads(states + reader.ids, reader.kv_proj.weight, 2, reader.n_heads)
+        everything = torch.ones(1, reader.n_filters, dtype=torch.bool)
+        read.append(attend(q[:, t : t + 1], unit(kc), vc, everything))
+    return torch.cat(read, 1)
+
+
 def bst(mixer: Any, x: Tensor) -> Tensor:
-    """[S ; Xc] Wo of 2306.09539, appendix, variant SH."""
+    """[S ; Xc] Wo of 2306.09539, appendix."""
     query, key, past = causal()
     own = past & (query // W == key // W)
     seen = own
     if mixer.self_attention == "own_and_previous":
         seen = past & (query // W - key // W <= 1)
     q, k, v, q2 = heads(x, mixer.qkv_proj.weight, 4, mixer.n_heads)
-    kc, vc = heads(ssm(mixer.ssm, x), mixer.context_proj.weight, 2, mixer.n_heads)
     q, k, bias = placed(mixer, *scaled(mixer, q, k))
     inside = attend(q, k, v, seen, bias)
-    context = attend(unit(q2) * mixer.context_scale[:, None], unit(kc), vc, own)
+    reader, p = mixer.context, mixer.context.filters
+    q2 = unit(q2) * reader.scale[:, None]
+    if hasattr(reader, "ids"):
+        context = previous_block_states(reader, p, x, q2)
+    else:
+        s = ssm(p, x.repeat(1, 1, reader.n_banks)).unflatten(-1, (reader.n_banks, D_MODEL))
+        s = s.expand(-1, -1, mixer.n_heads, -1)  # one output for all heads, or one for each
+        k_rows, v_rows = reader.kv_proj.weight.view(2, mixer.n_heads, -1, D_MODEL)
+        kc, vc = (torch.einsum("bthd,hkd->bthk", s, rows) for rows in (k_rows, v_rows))
+        context = attend(q2, unit(kc), vc, own)
     return torch.cat([inside.flatten(2), context.flatten(2)], -1) @ mixer.out_proj.weight.T
 
 
@@ -349,6 +376,8 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("bst", BST | {"self_attention": "own"}),
     ("bst", BST | {"position": "t5"}),
     ("ema", {"n_modes": 3, "chunk_size": 4}),
+    ("bst", BST | {"variant": "mh"}),
+    ("bst", BST | {"variant": "mf", "n_filters": 5}),
     ("gss", {"n_modes": 3, "chunk_size": 4, "reduce": 2}),
     ("longvq", LONGVQ),
     ("longvq", LONGVQ | {"memory": "ema", "position": "rotary", "n_heads": 1}),

@@ -16,6 +16,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bst", {"n_heads": 2, "block_size": 8, "chunk_size": 3}, "does not divide block_size=8"),
     ("bst", {"n_heads": 2, "variant": "xx"}, "bst.variant='xx'"),
     ("bst", {"n_heads": 2, "filters": "fir"}, "bst.filters='fir'"),
+    ("bst", {"n_heads": 2, "variant": "mf", "n_filters": 0}, "n_filters=0 must be at least 1"),
+    ("bst", {"n_heads": 2, "filters": "unstructured", "train_length": 1}, "at least 2 tokens"),
     ("bst", {"n_heads": 2, "self_attention": "all"}, "own or own_and_previous"),
     ("gss", {"reduce": 3}, "does not divide d_model=8"),
     ("gss", {"expand": 0}, "gss.expand=0"),
