@@ -8,6 +8,7 @@ from pretrain.mixers.attention import Attention
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.bst import BlockStateTransformer
 from pretrain.mixers.ema import EMA
+from pretrain.mixers.fsat import FourierSparseAttention
 from pretrain.mixers.gss import GatedStateSpace
 from pretrain.mixers.longvq import LongVQ
 from pretrain.mixers.mamba2 import Mamba2
@@ -23,6 +24,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "attention": Attention,
     "bst": BlockStateTransformer,
     "ema": EMA,
+    "fsat": FourierSparseAttention,
     "gss": GatedStateSpace,
     "longvq": LongVQ,
     "mamba2": Mamba2,
@@ -38,9 +40,13 @@ MIXERS: dict[str, type[TokenMixer]] = {
 __all__ = ["MIXERS", "MixerOutput", "TokenMixer", "build", "names", "options"]
 
 
-def names() -> list[str]:
-    """The registered mixers, sorted."""
-    return sorted(MIXERS)
+def names(*, causal: bool = True) -> list[str]:
+    """The registered mixers that can be built so, sorted: for language models, or for encoders."""
+    return sorted(
+        name
+        for name, mixer in MIXERS.items()
+        if (not mixer.encoder_only if causal else mixer.two_sided)
+    )
 
 
 def options(name: str) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def options(name: str) -> dict[str, Any]:
         ValueError: no such mixer.
     """
     if name not in MIXERS:
-        raise ValueError(f"unknown mixer {name!r}: {_suggest(name, names())}")
+        raise ValueError(f"unknown mixer {name!r}: {_suggest(name, sorted(MIXERS))}")
     signature = inspect.signature(MIXERS[name])
     return {
         key: parameter.default

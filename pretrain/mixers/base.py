@@ -114,6 +114,7 @@ class TokenMixer(nn.Module):
         constant_state: False when the state grows with the context (full attention's cache), or
             when there is none to carry.
         two_sided: True when the constructor takes `causal=False`.
+        encoder_only: True when it takes nothing else.
         causal: False in an encoder. Such a mixer reads whole sequences, one per lane: it takes no
             state and no resets, returns no state, and its forward has `padding`, (B, T) bool, True
             where a lane has no token; what it makes there means nothing.
@@ -126,6 +127,7 @@ class TokenMixer(nn.Module):
     constant_state: bool = True
     two_sided: ClassVar[bool] = False
     takes_counted: ClassVar[bool] = False
+    encoder_only: ClassVar[bool] = False
     causal: bool = True
 
     def check_sides(self, state: Any, resets: Tensor | None, padding: Tensor | None) -> None:

@@ -67,9 +67,39 @@ def swa(mixer: Any, x: Tensor) -> Tensor:
     return attend(q, k, v, distance.abs() < W, bias).flatten(2) @ mixer.out_proj.weight.T
 
 
+def fsat(mixer: Any, x: Tensor) -> Tensor:
+    """Our reconstruction of Zhuang et al. 2022: pair by pair, and with a dense attention matrix."""
+    a, b = (x @ mixer.pool_proj.weight.T).chunk(2, -1)
+    sums = [x.new_zeros(BATCH, mixer.d_pool) for _ in range(2 * LENGTH)]
+    pairs = [0] * (2 * LENGTH)
+    for t in range(LENGTH):
+        for s in range(LENGTH):
+            sums[t + s], pairs[t + s] = sums[t + s] + a[:, t] * b[:, s], pairs[t + s] + 1
+    pooled = torch.stack(
+        [total / max(1, n) ** 0.5 for total, n in zip(sums, pairs, strict=True)], 1
+    )
+    pooled = torch.cat([pooled[:, ::2], pooled[:, 1::2]], -1)
+    p = x + F.gelu(pooled) @ mixer.cross_proj.weight.T
+    predicted = (p @ mixer.places.proj.weight.T).unflatten(-1, (mixer.n_heads, -1))
+    own = ((torch.arange(LENGTH, dtype=x.dtype) + 0.5) / LENGTH).logit()[:, None, None]
+    logits = predicted + mixer.places.bias + mixer.places.follow * own
+    places = (LENGTH - 1) * logits.sigmoid()  # (B, T, H, J)
+
+    q, k, v = heads(x, mixer.qkv_proj.weight, 3, mixer.n_heads)
+    q, k = (rotated(part, mixer.rotary_base) for part in (q, k))
+    scores = torch.einsum("bthk,bshk->bths", q, k).exp() ** (mixer.head_dim**-0.5)
+    away = torch.arange(LENGTH) - places.unsqueeze(-1)  # (B, T, H, J, T)
+    near = (away > -1) & (away <= 1)  # the integers at or below, and above
+    kernel = (-(away**2) / (2 * mixer.log_width.exp().unsqueeze(-1) ** 2)).exp() * near
+    weights = kernel.sum(3) * scores
+    y = torch.einsum("bths,bshk->bthk", weights / weights.sum(-1, keepdim=True), v)
+    return y.flatten(2) @ mixer.out_proj.weight.T
+
+
 WINDOW = {"n_heads": 2, "window_size": W}
 ROWS: dict[str, tuple[str, dict[str, Any], Callable[[Any, Tensor], Tensor]]] = {
     "ema": ("ema", {"n_modes": 3, "chunk_size": 4}, ema_both_ways),
+    "fsat": ("fsat", {"n_heads": 2, "n_places": 4, "rotary_base": 100.0}, fsat),
     "s4": ("s4", {"n_modes": 3, "chunk_size": 4}, both_ways(nplr)),
     "s4d": ("s4d", {"n_modes": 3, "chunk_size": 4}, both_ways(ssm)),
     "s5": ("s5", {"n_modes": 5, "chunk_size": 4}, both_ways(mimo)),
@@ -95,8 +125,7 @@ def inputs(length: int = LENGTH, seed: int = 1) -> Tensor:
 
 
 def test_every_two_sided_mixer_has_a_row() -> None:
-    two_sided = {name for name, mixer in mixers.MIXERS.items() if mixer.two_sided}
-    assert {name for name, *_ in ROWS.values()} == two_sided
+    assert sorted({name for name, *_ in ROWS.values()}) == mixers.names(causal=False)
 
 
 @every_row
@@ -179,14 +208,34 @@ def test_state_and_resets_are_refused(row: str) -> None:
     assert mixer(x).state is None
     with pytest.raises(ValueError, match="no state to carry"):
         mixer(x, resets=torch.zeros(BATCH, 1, dtype=torch.bool))
-    state = mixer.init_state(BATCH, device=x.device, dtype=x.dtype)
     with pytest.raises(ValueError, match="no state to carry"):
-        mixer(x, state)
+        mixer(x, object())
 
 
 @every_row
-def test_padding_is_refused_in_causal_use(row: str) -> None:
+def test_padding_or_all_of_it_is_refused_in_causal_use(row: str) -> None:
     name, options, _ = ROWS[row]
+    if mixers.MIXERS[name].encoder_only:
+        with pytest.raises(ValueError, match="no causal form"):
+            mixers.build(name, d_model=D_MODEL, **options)
+        return
     mixer = mixers.build(name, d_model=D_MODEL, **options).double()
     with pytest.raises(ValueError, match="padding is for causal=False"):
         mixer(inputs(), padding=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
+
+
+@every_row
+def test_declared_parameters_exist(row: str) -> None:
+    mixer = build(row)
+    declared = mixer.no_decay_parameters() | mixer.ssm_parameters()
+    assert declared <= {key for key, _ in mixer.named_parameters()}
+
+
+def test_fsat_compiles_without_a_graph_break() -> None:
+    mixer, x = build("fsat"), inputs()
+    padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    padding[0, -3:] = True
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=False)
+    got, want = compiled(x, padding=padding).y, mixer(x, padding=padding).y
+    torch.testing.assert_close(got, want, rtol=0, atol=SAME)

@@ -28,6 +28,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"d_model": -2, "layers": LayersConfig(default="s4d")}, "d_model=-2 must be at least 1"),
     ({"init_std": -0.02}, "must not be negative"),
     ({"mixers": {"swa": 3}}, "swa=3 must be a mapping"),
+    ({"layers": LayersConfig(default="fsat")}, "fsat.causal=True: .* encoders only"),
     ({"mixers": {"s4d": {"causal": False}}}, "s4d.causal=False: a decoder is causal"),
     ({"mixers": {"swa": {"window_size": "abc"}}}, "window_size='abc' must be of type int"),
 ]
