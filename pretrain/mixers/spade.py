@@ -13,11 +13,12 @@ others are local attention. Without its two norms the SSM's output, a sum over a
 would drown the attention's.
 
 Known from the released code: the equations, the order in W, the bare SSM, `add` with constant
-weights, windows of the last W tokens; the name of the `chunk` variant (attention inside of
-non-overlapping chunks) is the paper's. The released SSM is S4 with LegS and 32 pairs of modes,
-`ssm="s4"`; the default here is the diagonal S4D-LegS, which is cheaper. Ours: RMS norms (the
-released decoder has LayerNorm, its encoder RMS), no dropout, rotary positions by default
-(`position="t5"` is theirs), one learning rate for all of A, B and dt (theirs: dt at the model's).
+weights, windows of the last W tokens and symmetric ones in encoders; the name of the `chunk`
+variant (attention inside of non-overlapping chunks) is the paper's. The released SSM is S4 with
+LegS and 32 pairs of modes, `ssm="s4"`; the default here is the diagonal S4D-LegS, which is cheaper.
+Ours: RMS norms (the released decoder has LayerNorm, its encoder RMS), no dropout, rotary positions
+by default (`position="t5"` is theirs; their encoder has a table per layer), one learning rate for
+all of A, B and dt (theirs: dt at the model's).
 """
 
 from typing import Literal, NamedTuple
@@ -32,6 +33,7 @@ from pretrain.mixers.s4d import DiagonalSSM, Init, check_ssm_options
 from pretrain.mixers.ssm_layer import StateSpaceModel
 from pretrain.mixers.swa import last_tokens
 from pretrain.ops.normalization import prepare_heads, rms_norm
+from pretrain.ops.symmetric_window_attention import symmetric_window_attention
 from pretrain.ops.window_attention import Reach, cached_keys, window_attention
 
 
@@ -47,10 +49,11 @@ class SpadeState(NamedTuple):
 
 
 class Spade(TokenMixer):
-    """A state-space model parallel to local attention, causal.
+    """A state-space model parallel to local attention.
 
     Args:
         d_model: model width.
+        causal: False for encoders: a two-sided SSM, and a window on both sides.
         n_heads: attention heads.
         window_size: visible tokens, or tokens per chunk; documents begin on its multiples.
         attention: "window", the last `window_size` tokens, or "chunk", the own chunk's.
@@ -66,10 +69,13 @@ class Spade(TokenMixer):
         rotary_base: base of the rotary wavelengths.
     """
 
+    two_sided = True
+
     def __init__(
         self,
         d_model: int,
         *,
+        causal: bool = True,
         n_heads: int = 8,
         window_size: int = 512,
         attention: Literal["window", "chunk"] = "window",
@@ -87,21 +93,32 @@ class Spade(TokenMixer):
         super().__init__()
         check_ssm_options("spade", n_modes, dt_min, dt_max, init)
         _check_choices(attention, ssm, combine, init)
+        if not causal and attention != "window":
+            raise ValueError(
+                f"spade.attention={attention!r} with causal=False: chunks are counted from the "
+                f"first place of a lane, so pads in front would move them; choose window"
+            )
         if chunk_size < 1 or window_size < 1 or window_size % chunk_size:
             raise ValueError(
                 f"spade.chunk_size={chunk_size} does not divide window_size={window_size}: "
                 f"documents begin on its multiples and the SSM's chunks must end there"
             )
         self.d_model, self.n_heads, self.window_size = d_model, n_heads, window_size
+        self.causal = causal
         self.head_dim = check_heads("spade", d_model, n_heads)
         self.block_size = self.reset_grid = window_size
         self.reach: Reach = "window" if attention == "window" else "own"
         self.combine, self.rotary_base = combine, rotary_base
-        self.position_bias = position_bias("spade", position, n_heads)
+        self.position_bias = position_bias("spade", position, n_heads, causal=causal)
         self.ssm: StateSpaceModel | None = None
         if ssm == "s4":
             self.ssm = NPLRSSM(
-                d_model, n_modes=n_modes, dt_min=dt_min, dt_max=dt_max, chunk_size=chunk_size
+                d_model,
+                n_modes=n_modes,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                chunk_size=chunk_size,
+                causal=causal,
             )
         elif ssm == "s4d":
             self.ssm = DiagonalSSM(
@@ -111,6 +128,7 @@ class Spade(TokenMixer):
                 dt_max=dt_max,
                 init=init,
                 chunk_size=chunk_size,
+                causal=causal,
             )
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.qk_scale = qk_scale(n_heads, self.head_dim) if qk_norm else None
@@ -126,15 +144,23 @@ class Spade(TokenMixer):
             self.out_proj = nn.Linear(d_model * (1 if ssm == "none" else 2), d_model)
 
     def forward(
-        self, x: Tensor, state: SpadeState | None = None, *, resets: Tensor | None = None
+        self,
+        x: Tensor,
+        state: SpadeState | None = None,
+        *,
+        resets: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> MixerOutput:
+        self.check_sides(state, resets, padding)
         clock = self.clock(x, state, resets)
+        if padding is not None:  # the SSM has no mask
+            x = x.masked_fill(padding.unsqueeze(-1), 0)
         g, ssm = self._global(x, state, clock)
         source = g if self.combine == "stack" else x
         q, k, v = self.qkv_proj(source).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
         if state is not None:
             k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in ((state.k, k), (state.v, v)))
-        heads = self._attend(q, k, v, clock).flatten(2)
+        heads = self._attend(q, k, v, clock, padding).flatten(2)
 
         if self.combine == "stack":
             y = self.out_proj(heads)
@@ -143,6 +169,8 @@ class Spade(TokenMixer):
             g = a[..., :0] if self.ssm is None else rms_norm(g, self.ssm_norm)
             y = self.out_proj(torch.cat([g, a], -1)) if self.combine == "concat" else (g + a) / 2
 
+        if not self.causal:
+            return MixerOutput(y, None, aux={})
         offset = (clock.phase + clock.length) % self.window_size
         keep = cached_keys(self.reach, self.window_size, offset)
         k, v = last_tokens(k, keep), last_tokens(v, keep)
@@ -155,23 +183,32 @@ class Spade(TokenMixer):
             return x, x.new_empty(x.shape[0], 0, dtype=wide)
         return self.ssm(x, None if state is None else state.ssm, clock.resets, clock.edges)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, padding: Tensor | None
+    ) -> Tensor:
         """q (B, T, H, K), k and v with the cache in front -> (B, T, H, K)."""
         cached, base = k.shape[1] - q.shape[1], self.rotary_base
-        normalize = self.qk_scale is not None
+        normalize, w = self.qk_scale is not None, self.window_size
         bias = None
         if self.position_bias is not None:
-            bias = self.position_bias(torch.arange(self.window_size, device=q.device))
+            bias = self.position_bias(torch.arange(0 if self.causal else 1 - w, w, device=q.device))
         starts = (cached, 0) if bias is None else (None, None)
+        q = prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=starts[0], base=base)
+        k = prepare_heads(k, normalize=normalize, start=starts[1], base=base)
+        scale = 1.0 if normalize else None
+        if not self.causal:
+            return symmetric_window_attention(
+                q, k, v, window_size=w, padding=padding, scale=scale, bias=bias
+            )
         return window_attention(
-            prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=starts[0], base=base),
-            prepare_heads(k, normalize=normalize, start=starts[1], base=base),
+            q,
+            k,
             v,
-            block_size=self.window_size,
+            block_size=w,
             reach=self.reach,
-            offset=clock.phase % self.window_size,
-            fresh=clock.fresh_blocks(self.window_size),
-            scale=1.0 if normalize else None,
+            offset=clock.phase % w,
+            fresh=clock.fresh_blocks(w),
+            scale=scale,
             bias=bias,
         )
 
@@ -193,12 +230,16 @@ class Spade(TokenMixer):
         w = min(self.window_size, context)
         # For chunks whole ones are assumed.
         visible = w - w * (w - 1) / (2 * context) if self.reach == "window" else (w + 1) / 2
+        if not self.causal:
+            visible = 2 * visible - 1
         ssm = 0 if self.ssm is None else self.ssm.flops_per_token()
         return self._projections() + 4 * self.d_model * visible + ssm
 
     def executed_flops(self, length: int) -> float:
         w, tail = self.window_size, length % self.window_size
-        if self.reach == "window":
+        if not self.causal:
+            scores = -(-length // w) * 3 * w**2
+        elif self.reach == "window":
             scores = min(length, w) ** 2 + max(0, length - w) * 2 * w
         else:
             scores = (length - tail) * w + tail**2

@@ -416,7 +416,7 @@ def test_forward_mutates_nothing(name: str, variant: str, training: bool) -> Non
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
 
 
-@every_row
+@first_rows
 def test_two_sided_use_is_refused_without_a_two_sided_form(name: str, variant: str) -> None:
     if mixers.MIXERS[name].two_sided:
         mixers.build(name, d_model=D_MODEL, causal=False, **TABLE[name][variant])

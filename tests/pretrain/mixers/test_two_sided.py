@@ -32,29 +32,36 @@ def ema_both_ways(mixer: Any, x: Tensor) -> Tensor:
     return value * gate.sigmoid()
 
 
-def both_ways(filters: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+class Reverse:
+    """A filter's parameters with the C of the flipped input, and no skip connection."""
+
+    def __init__(self, p: Any) -> None:
+        self.p = p
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "D":
+            return torch.zeros_like(self.p.D)
+        return getattr(self.p, "C_reverse" if name == "C" else name)
+
+
+def both_sides(filters: Callable[[Any, Tensor], Tensor], p: Any, x: Tensor) -> Tensor:
     """A kernel over the past and the present, another over the future from the next token on."""
+    y = filters(p, x)
+    future = filters(Reverse(p), x.flip(1)).flip(1)  # token i: from itself on
+    return y + torch.cat([future[:, 1:], torch.zeros_like(y[:, :1])], 1)
 
-    class Reverse:
-        def __init__(self, p: Any) -> None:
-            self.p = p
 
-        def __getattr__(self, name: str) -> Any:
-            if name == "D":
-                return torch.zeros_like(self.p.D)
-            return getattr(self.p, "C_reverse" if name == "C" else name)
-
+def both_ways(filters: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
     def layer(mixer: Any, x: Tensor) -> Tensor:
-        y = filters(mixer.ssm, x)
-        future = filters(Reverse(mixer.ssm), x.flip(1)).flip(1)  # token i: from itself on
-        y = y + torch.cat([future[:, 1:], torch.zeros_like(y[:, :1])], 1)
+        y = both_sides(filters, mixer.ssm, x)
         value, gate = (F.gelu(y) @ mixer.out_proj.weight.T).chunk(2, -1)
         return value * gate.sigmoid()
 
     return layer
 
 
-def swa(mixer: Any, x: Tensor) -> Tensor:
+def window(mixer: Any, x: Tensor) -> Tensor:
+    """The heads' outputs, (B, T, D)."""
     distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     q, k, v = heads(x, mixer.qkv_proj.weight, 3, mixer.n_heads)
     q, k = scaled(mixer, q, k)
@@ -64,7 +71,23 @@ def swa(mixer: Any, x: Tensor) -> Tensor:
     else:  # distances below 8 have a bucket each, keys ahead the second half of the table
         near = distance.abs().clamp(max=7) + 16 * (distance < 0)
         bias = mixer.position_bias.table[:, near]
-    return attend(q, k, v, distance.abs() < W, bias).flatten(2) @ mixer.out_proj.weight.T
+    return attend(q, k, v, distance.abs() < W, bias).flatten(2)
+
+
+def swa(mixer: Any, x: Tensor) -> Tensor:
+    return window(mixer, x) @ mixer.out_proj.weight.T
+
+
+def spade(mixer: Any, x: Tensor) -> Tensor:
+    g = both_sides(nplr if hasattr(mixer.ssm, "P") else ssm, mixer.ssm, x)
+    if mixer.combine == "stack":
+        return window(mixer, g) @ mixer.out_proj.weight.T
+    a = window(mixer, x) @ mixer.heads_proj.weight.T
+    g, a = (
+        w * b / (b.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        for b, w in ((g, mixer.ssm_norm), (a, mixer.attention_norm))
+    )
+    return torch.cat([g, a], -1) @ mixer.out_proj.weight.T + mixer.out_proj.bias
 
 
 def fsat(mixer: Any, x: Tensor) -> Tensor:
@@ -97,12 +120,15 @@ def fsat(mixer: Any, x: Tensor) -> Tensor:
 
 
 WINDOW = {"n_heads": 2, "window_size": W}
+SPADE = WINDOW | {"chunk_size": 4, "n_modes": 3}
 ROWS: dict[str, tuple[str, dict[str, Any], Callable[[Any, Tensor], Tensor]]] = {
     "ema": ("ema", {"n_modes": 3, "chunk_size": 4}, ema_both_ways),
     "fsat": ("fsat", {"n_heads": 2, "n_places": 4, "rotary_base": 100.0}, fsat),
     "s4": ("s4", {"n_modes": 3, "chunk_size": 4}, both_ways(nplr)),
     "s4d": ("s4d", {"n_modes": 3, "chunk_size": 4}, both_ways(ssm)),
     "s5": ("s5", {"n_modes": 5, "chunk_size": 4}, both_ways(mimo)),
+    "spade": ("spade", SPADE | {"ssm": "s4", "position": "t5"}, spade),
+    "spade stack": ("spade", SPADE | {"combine": "stack"}, spade),
     "swa": ("swa", WINDOW, swa),
     "swa t5": ("swa", WINDOW | {"position": "t5", "qk_norm": True}, swa),
 }
@@ -239,3 +265,8 @@ def test_fsat_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=False)
     got, want = compiled(x, padding=padding).y, mixer(x, padding=padding).y
     torch.testing.assert_close(got, want, rtol=0, atol=SAME)
+
+
+def test_spade_has_no_two_sided_chunks() -> None:
+    with pytest.raises(ValueError, match="choose window"):
+        mixers.build("spade", d_model=D_MODEL, causal=False, **SPADE, attention="chunk")
