@@ -11,9 +11,10 @@ log decays are formed as masked cumulative sums: as differences of one cumulativ
 the digits that decide between recent tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pretrain.ops.chunks import chunk_runs, kept_states
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -82,7 +83,7 @@ def _chunks(
     local = (written @ b).to(wide).view(batch, -1, n_heads, width, d_state)
     if state is None:
         state = local.new_zeros(batch, n_heads, width, d_state)
-    before, state = _ChunkScan.apply(local, since_start[..., -1], state.to(wide), keep)
+    before, state = ssd_scan(local, since_start[..., -1], state.to(wide), keep)
     memory = before.to(u.dtype).unflatten(2, per_group).flatten(3, 4)  # (B, J, G, H/G P, N)
     read = (c @ memory.transpose(-1, -2)).unflatten(-1, (per_group[1], width))
     read = read.permute(0, 1, 2, 4, 3, 5).flatten(2, 3)  # (B, J, H, C, P)
@@ -98,34 +99,65 @@ def _decay_between(log_decay: Tensor) -> Tensor:
     return sums.exp().tril()
 
 
-class _ChunkScan(torch.autograd.Function):
-    """before_{j+1} = decay_j before_j + local_j over chunks."""
+@torch.library.custom_op("longspan::ssd_scan", mutates_args=())
+def ssd_scan(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """before_{j+1} = decay_j before_j + local_j over chunks.
 
-    @staticmethod
-    def forward(ctx, local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None):
-        """local (B, J, H, P, N), decay (B, J, H), s (B, H, P, N), keep (B, J) -> before, s."""
+    An operator of its own, because a compiler would unroll the loop.
+
+    Args:
+        local: (B, J, H, P, N), what each of J chunks adds.
+        decay: (B, J, H).
+        s: (B, H, P, N), the state before the first chunk.
+        keep: (B, J) bool, False where the state is zeroed before a chunk.
+
+    Returns:
+        The states before each chunk, like `local`, and the state after the last one.
+    """
+    local, before = local.contiguous(), local.new_empty(local.shape)
+    for j in range(local.shape[1]):
+        before[:, j] = s if keep is None else s * keep[:, j, None, None, None]
+        s = torch.addcmul(local[:, j], decay[:, j, :, None, None], before[:, j])
+    return before, s
+
+
+@torch.library.custom_op("longspan::ssd_scan_backward", mutates_args=())
+def _ssd_scan_backward(
+    d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan from the right: gradients of local, decay and s."""
+    d_before, now = d_before.contiguous(), d_s.contiguous()
+    d_local = before.new_empty(before.shape)
+    for j in reversed(range(before.shape[1])):
+        d_local[:, j] = now
+        now = torch.addcmul(d_before[:, j], decay[:, j, :, None, None], now)
         if keep is not None:
-            keep = keep.to(s.dtype)[:, :, None, None, None]
-        decay = decay[..., None, None]
-        before = torch.empty_like(local)
-        for j in range(local.shape[1]):
-            before[:, j] = s if keep is None else s * keep[:, j]
-            s = torch.addcmul(local[:, j], decay[:, j], before[:, j])
-        ctx.save_for_backward(before, decay, keep)
-        return before, s
+            now = now * keep[:, j, None, None, None]
+    return d_local, (before * d_local).sum((-2, -1)), now
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_before: Tensor, d_s: Tensor):
-        before, decay, keep = ctx.saved_tensors
-        d_local = torch.empty_like(before)
-        for j in reversed(range(before.shape[1])):
-            d_local[:, j] = d_s
-            d_s = torch.addcmul(d_before[:, j], decay[:, j], d_s)
-            if keep is not None:
-                d_s = d_s * keep[:, j]
-        d_decay = (before * d_local).sum((-2, -1))
-        return d_local, d_decay, d_s, None
+
+@ssd_scan.register_fake
+def _(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    return local.new_empty(local.shape), s.new_empty(s.shape)
+
+
+@_ssd_scan_backward.register_fake
+def _(
+    d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return before.new_empty(before.shape), decay.new_empty(decay.shape), d_s.new_empty(d_s.shape)
+
+
+def _save_for_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[0], inputs[1], inputs[3])
+
+
+def _backward_of_scan(ctx: Any, d_before: Tensor, d_s: Tensor) -> tuple[Tensor | None, ...]:
+    before, decay, keep = ctx.saved_tensors
+    return *_ssd_scan_backward(d_before, d_s, before, decay, keep), None
+
+
+ssd_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)
 
 
 def ssd_naive(
