@@ -92,6 +92,9 @@ ROWS = [(name, variant) for name, variants in TABLE.items() for variant in varia
 # The same sum in another order: what rounding allows, with room for cancellation.
 SAME = {torch.float64: 1e-10, torch.float32: 1e-5}
 
+# What the state-space mixers call their decays, frequencies, step sizes and skips.
+RATES = ("log_dt", "log_A_real", "A_imag", "A_log", "dt_bias", "delta", "D")
+
 SPLITS = {
     "single tokens": [1] * RAGGED,
     "odd points": [3, 1, 4, 1, 5, 9, 2, 2],
@@ -336,6 +339,9 @@ def test_declared_parameters_exist(name: str, variant: str) -> None:
     mixer = build(name, variant)
     declared = mixer.no_decay_parameters() | mixer.ssm_parameters()
     assert declared <= {key for key, _ in mixer.named_parameters()}
+    # Rates and step sizes are among them, whoever forgets to say so.
+    named = {key for key, _ in mixer.named_parameters()}
+    assert {key for key in named if key.rsplit(".", 1)[-1] in RATES} <= mixer.ssm_parameters()
     # Whoever trains at the state-space rate is not decayed either.
     assert mixer.ssm_parameters() <= mixer.no_decay_parameters()
 

@@ -1,6 +1,9 @@
 """S4D against the continuous system it discretises."""
 
+import math
+
 import numpy as np
+import pytest
 import scipy.linalg
 import torch
 
@@ -70,3 +73,17 @@ def test_slow_channels_do_not_cancel_in_fp32() -> None:
     got, _ = lti_ssm(u.float(), SSMParameters(*(p.float() for p in wide)))
     # The rounding of log dt itself, 13.8 * 6e-8, is the largest error that remains.
     torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-6 * want.abs().max().item())
+
+
+def test_initial_parameters_are_drawn_as_the_paper_says() -> None:
+    torch.manual_seed(0)
+    ssm = DiagonalSSM(2000, n_modes=4, dt_min=1e-4, dt_max=1e-2)
+    log_dt, c = ssm.log_dt.detach() / math.log(10), ssm.C.detach()
+    assert -4 <= log_dt.min() < -3.99
+    assert -2.01 < log_dt.max() <= -2
+    # Log-uniform: as many channels in each decade; 2000 draws give 1000 +- 22.
+    assert (log_dt < -3).sum().item() == pytest.approx(1000, abs=90)
+    # C ~ CN(0, 1): variance 1/2 in each part.
+    assert c.square().mean((0, 1)).tolist() == pytest.approx([0.5, 0.5], rel=0.1)
+    torch.testing.assert_close(ssm.log_A_real.exp(), torch.full((2000, 4), 0.5))
+    torch.testing.assert_close(ssm.A_imag, math.pi * torch.arange(4.0).expand(2000, 4))

@@ -1,0 +1,33 @@
+"""A block is its two equations: norms, residuals and MLPs, against torch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain import mixers
+from pretrain.models.block import Block
+
+D_MODEL, D_FF = 8, 12
+
+
+def swiglu(block: Block, x: Tensor) -> Tensor:
+    gate, up = block.mlp.in_proj.weight.chunk(2)
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ block.mlp.out_proj.weight.T
+
+
+def gelu(block: Block, x: Tensor) -> Tensor:
+    return F.gelu(x @ block.mlp.in_proj.weight.T) @ block.mlp.out_proj.weight.T
+
+
+@pytest.mark.parametrize("mlp", [swiglu, gelu])
+def test_block_mixes_tokens_then_channels_each_normed_and_added(mlp) -> None:
+    torch.manual_seed(0)
+    mixer = mixers.build("attention", d_model=D_MODEL, n_heads=2)
+    block = Block("attention", mixer, d_model=D_MODEL, d_ff=D_FF, mlp=mlp.__name__).double()
+    for norm in (block.mixer_norm, block.mlp_norm):
+        torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 5, D_MODEL, dtype=torch.float64)
+    mixed = x + mixer(F.rms_norm(x, (D_MODEL,), block.mixer_norm.weight, 1e-6)).y
+    want = mixed + mlp(block, F.rms_norm(mixed, (D_MODEL,), block.mlp_norm.weight, 1e-6))
+    torch.testing.assert_close(block(x).x, want)
