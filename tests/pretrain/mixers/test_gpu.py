@@ -21,8 +21,6 @@ from pretrain.mixers.base import TokenMixer, map_state
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
 from pretrain.models.block import Block
 
-pytestmark = pytest.mark.gpu
-
 DEVICE, D_MODEL, BATCH = "cuda", 128, 3
 
 # fp32 without TF32: the same sums in another order. bf16: 8 bits, over a few roundings in a row.
@@ -35,15 +33,22 @@ SHAPES = [(window, width) for window in WINDOWS for width in HEAD_WIDTHS]
 OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # of window and head width
     "attention": lambda w, k: {"n_heads": D_MODEL // k},
     "bst": lambda w, k: {"n_heads": D_MODEL // k, "block_size": w, "chunk_size": 32},
+    "ema": lambda w, k: {"chunk_size": w, "n_modes": k // 4},
     "gss": lambda w, k: {"chunk_size": w, "n_modes": k // 4, "reduce": 2},
+    "longvq": lambda w, k: {"block_size": w, "d_shared": k, "n_codes": 8, "n_modes": k // 4},
     "mamba2": lambda w, k: {"chunk_size": w, "head_dim": k, "d_state": 32},
     "mega": lambda w, k: {"chunk_size": w, "ema_chunk_size": 32, "d_shared": k},
     "s4": lambda w, k: {"chunk_size": w, "n_modes": k // 4},
     "s4d": lambda w, k: {"chunk_size": w, "n_modes": k // 4},
+    "s5": lambda w, k: {"chunk_size": w, "n_modes": k // 2},
     "spade": lambda w, k: {"n_heads": D_MODEL // k, "window_size": w, "n_modes": k // 4},
     "swa": lambda w, k: {"n_heads": D_MODEL // k, "window_size": w, "qk_norm": k == 64},
     "transformer_ls": lambda w, k: {"n_heads": D_MODEL // k, "window_size": w, "kept_chunks": 8},
 }
+# A code that flips under rounding makes another function: of these only the outputs are compared,
+# in which the few flips of a call drown.
+QUANTISED = ("longvq",)
+
 # Inductor takes 10 s and more for each.
 COMPILED_FIRST = ("attention", "bst", "s4d", "swa")
 
@@ -128,6 +133,7 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
 @every_mixer
 @every_shape
 def test_fp32_equals_the_fp64_reference(name: str, window: int, width: int) -> None:
@@ -135,10 +141,12 @@ def test_fp32_equals_the_fp64_reference(name: str, window: int, width: int) -> N
     want = reference(name, window, width)
     got = run(mixer.to(DEVICE), x.to(DEVICE), resets.to(DEVICE), sizes)
     errors = {key: relative_error(got[key], want[key].double()) for key in want}
-    assert all(error < FP32 for error in errors.values()), errors
+    bounds = {"y": BF16} if name in QUANTISED else dict.fromkeys(errors, FP32)
+    assert all(errors[key] < bound for key, bound in bounds.items()), errors
     assert {value.device.type for value in got.values()} == {DEVICE}
 
 
+@pytest.mark.gpu
 @every_mixer
 @every_shape
 def test_bf16_stays_close_to_the_fp64_reference(name: str, window: int, width: int) -> None:
@@ -152,10 +160,13 @@ def test_bf16_stays_close_to_the_fp64_reference(name: str, window: int, width: i
     parameters = [f"d {key}" for key, _ in mixer.named_parameters()]
     together = [torch.cat([found[key].flatten() for key in parameters]) for found in (got, want)]
     errors["parameters"] = relative_error(*together)
-    bounds = {key: BF16 for key in errors} | {key: BF16_ALONE for key in parameters}
-    assert all(error < bounds[key] for key, error in errors.items()), errors
+    bounds = dict.fromkeys(errors, BF16) | dict.fromkeys(parameters, BF16_ALONE)
+    if name in QUANTISED:
+        bounds = {"y": BF16}
+    assert all(errors[key] < bound for key, bound in bounds.items()), errors
 
 
+@pytest.mark.gpu
 @every_mixer
 def test_initial_state_is_the_start_of_a_document(name: str) -> None:
     mixer, (x, _, _) = build(name, 64, 32).to(DEVICE), problem(64)
@@ -168,6 +179,7 @@ def test_every_registered_mixer_has_options() -> None:
     assert sorted(OPTIONS) == mixers.names()
 
 
+@pytest.mark.gpu
 @every_compiled
 def test_compiled_block_equals_eager(name: str) -> None:
     """Inductor, no graph break, with a carried state and resets, forward and backward.
@@ -192,6 +204,7 @@ def test_compiled_block_equals_eager(name: str) -> None:
         assert relative_error(got, want.double().cpu()) < FP32
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("width", HEAD_WIDTHS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_training_in_bf16_stays_finite_and_learns(window: int, width: int) -> None:
