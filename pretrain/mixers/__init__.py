@@ -6,6 +6,7 @@ from typing import Any
 
 from pretrain.mixers.attention import Attention
 from pretrain.mixers.base import MixerOutput, TokenMixer
+from pretrain.mixers.block_recurrent import BlockRecurrent
 from pretrain.mixers.bst import BlockStateTransformer
 from pretrain.mixers.ema import EMA
 from pretrain.mixers.fsat import FourierSparseAttention
@@ -19,9 +20,12 @@ from pretrain.mixers.s5 import S5
 from pretrain.mixers.spade import Spade
 from pretrain.mixers.swa import SlidingWindowAttention
 from pretrain.mixers.transformer_ls import TransformerLS
+from pretrain.mixers.transformer_xl import TransformerXL
 
 MIXERS: dict[str, type[TokenMixer]] = {
+    "transformer_xl": TransformerXL,
     "attention": Attention,
+    "block_recurrent": BlockRecurrent,
     "bst": BlockStateTransformer,
     "ema": EMA,
     "fsat": FourierSparseAttention,

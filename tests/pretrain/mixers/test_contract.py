@@ -30,6 +30,10 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "rotary": {"n_heads": 2},
         "qk_norm": {"n_heads": 2, "qk_norm": True},
     },
+    "block_recurrent": {
+        "rotary": {"n_heads": 2, "block_size": W, "n_states": 3},
+        "t5": {"n_heads": 2, "block_size": W, "n_states": 5, "position": "t5"},
+    },
     "bst": {
         "own_and_previous": BST,
         "own": BST | {"self_attention": "own"},
@@ -85,6 +89,10 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "rank 1": LONG_SHORT,
         # Chunks of whole blocks, of which one is forgotten within the test.
         "rank 2": LONG_SHORT | {"chunk_size": W, "rank": 2, "kept_chunks": 2},
+    },
+    "transformer_xl": {
+        "plain": {"n_heads": 2, "window_size": W},
+        "qk_norm": {"n_heads": 2, "window_size": W, "qk_norm": True},
     },
 }
 ROWS = [(name, variant) for name, variants in TABLE.items() for variant in variants]

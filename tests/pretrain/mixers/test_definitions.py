@@ -261,6 +261,30 @@ def previous_block_states(reader: Any, p: Any, x: Tensor, q: Tensor) -> Tensor:
     return torch.cat(read, 1)
 
 
+def block_recurrent(mixer: Any, x: Tensor) -> Tensor:
+    """The cell of 2203.07852, block after block."""
+    query, key, past = causal()
+    q, k, v, q2 = heads(x, mixer.qkv_proj.weight, 4, mixer.n_heads)
+    turned_q, turned_k, bias = placed(mixer, *scaled(mixer, q, k))
+    inside = attend(turned_q, turned_k, v, past & (query - key < W), bias)
+    s, read = mixer.initial.expand(BATCH, -1, -1), []
+    for start in range(0, LENGTH, W):
+        normed = s / (s.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.state_norm
+        qs, ks, vs, qs2 = heads(normed + mixer.ids, mixer.state_proj.weight, 4, mixer.n_heads)
+        all_of = torch.ones(1, 1, dtype=torch.bool)
+        reader = unit(q2[:, start : start + W]) * mixer.context_scale[:, None]
+        read.append(attend(reader, unit(ks), vs, all_of))
+        own = attend(unit(qs) * mixer.state_scale[:, None], unit(ks), vs, all_of)
+        seen = slice(max(0, start - W), start + W)
+        cross = unit(qs2) * mixer.token_scale[:, None]
+        tokens = attend(cross, unit(k[:, seen]), v[:, seen], all_of)
+        h = torch.cat([own.flatten(2), tokens.flatten(2)], -1)
+        update = h @ mixer.update_proj.weight.T + mixer.update_proj.bias
+        s = mixer.keep.sigmoid() * s + (1 - mixer.keep.sigmoid()) * update
+    y = torch.cat([inside.flatten(2), torch.cat(read, 1).flatten(2)], -1)
+    return y @ mixer.out_proj.weight.T
+
+
 def bst(mixer: Any, x: Tensor) -> Tensor:
     """[S ; Xc] Wo of 2306.09539, appendix."""
     query, key, past = causal()
@@ -351,6 +375,7 @@ def transformer_ls(mixer: Any, x: Tensor) -> Tensor:
 
 DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": attention,
+    "block_recurrent": block_recurrent,
     "bst": bst,
     "ema": layer(ema),
     "gss": gss,
@@ -362,6 +387,7 @@ DEFINITIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "s5": layer(mimo),
     "spade": spade,
     "swa": swa,
+    "transformer_xl": swa,
     "transformer_ls": transformer_ls,
 }
 LONG_SHORT = {"n_heads": 2, "window_size": W, "rotary_base": 100.0, "kept_chunks": 3}
@@ -372,6 +398,9 @@ SPADE = {"n_heads": 2, "window_size": W, "chunk_size": 4, "n_modes": 3, "rotary_
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"n_heads": 2, "rotary_base": 100.0}),
     ("attention", {"n_heads": 2, "qk_norm": True}),
+    ("block_recurrent", {"n_heads": 2, "block_size": W, "n_states": 3}),
+    ("block_recurrent", {"n_heads": 2, "block_size": W, "n_states": 5, "position": "t5"}),
+    ("transformer_xl", {"n_heads": 2, "window_size": W}),
     ("bst", BST),
     ("bst", BST | {"self_attention": "own"}),
     ("bst", BST | {"position": "t5"}),

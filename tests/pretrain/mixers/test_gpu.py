@@ -32,6 +32,7 @@ SHAPES = [(window, width) for window in WINDOWS for width in HEAD_WIDTHS]
 
 OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # of window and head width
     "attention": lambda w, k: {"n_heads": D_MODEL // k},
+    "block_recurrent": lambda w, k: {"n_heads": D_MODEL // k, "block_size": w, "n_states": k},
     "bst": lambda w, k: {"n_heads": D_MODEL // k, "block_size": w, "chunk_size": 32},
     "ema": lambda w, k: {"chunk_size": w, "n_modes": k // 4},
     "gss": lambda w, k: {"chunk_size": w, "n_modes": k // 4, "reduce": 2},
@@ -44,6 +45,7 @@ OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # of window and he
     "spade": lambda w, k: {"n_heads": D_MODEL // k, "window_size": w, "n_modes": k // 4},
     "swa": lambda w, k: {"n_heads": D_MODEL // k, "window_size": w, "qk_norm": k == 64},
     "transformer_ls": lambda w, k: {"n_heads": D_MODEL // k, "window_size": w, "kept_chunks": 8},
+    "transformer_xl": lambda w, k: {"n_heads": D_MODEL // k, "window_size": w},
 }
 # A code that flips under rounding makes another function: of these only the outputs are compared,
 # in which the few flips of a call drown.

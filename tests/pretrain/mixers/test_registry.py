@@ -13,6 +13,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("swa", {"n_heads": 3}, "does not divide d_model=8"),
     ("swa", {"n_heads": 2, "position": "alibi"}, "choose rotary or t5"),
     ("attention", {"n_heads": 8}, "heads of even width"),
+    ("block_recurrent", {"n_heads": 2, "n_states": 0}, "n_states=0 must be at least 1"),
     ("bst", {"n_heads": 2, "block_size": 8, "chunk_size": 3}, "does not divide block_size=8"),
     ("bst", {"n_heads": 2, "variant": "xx"}, "bst.variant='xx'"),
     ("bst", {"n_heads": 2, "filters": "fir"}, "bst.filters='fir'"),

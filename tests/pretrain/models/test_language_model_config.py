@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from pretrain import mixers
@@ -78,3 +79,22 @@ def test_tiny_configs_have_equal_sizes_and_batches() -> None:
     sizes = {name: sum(model.parameter_counts().values()) for name, model in models.items()}
     assert max(sizes.values()) <= 1.03 * min(sizes.values()), sizes
     assert {model.reset_grid for model in models.values()} == {128}
+
+
+def test_masformer_is_a_pattern_of_layers_that_trains() -> None:
+    """Full attention in a few layers, windows elsewhere; no mixer of its own."""
+    torch.manual_seed(0)
+    model = load_tiny(CONFIGS / "masformer_tiny.yaml")
+    assert sorted(set(model.config.layer_names())) == ["attention", "swa"]
+    assert not model.constant_state
+    tokens = torch.randint(0, 4096, (1, 257))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(2):
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss_sum
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
