@@ -17,6 +17,9 @@ bias beside the codebook, memory of fixed size. Ours, that is not known of the p
 unit and S4D (or MEGA's EMA) as that SSM; Transformer-VQ's cache (2309.16354); normalised keys and a
 learned scale; codebook by exponential averages, its size, the commitment weight, restarts.
 
+The two-sided form is ours too: own block and both neighbours key by key, every other key through
+its code. Blocks are counted from a lane's first token, pads are in no block and in no statistic.
+
 The codebook is a buffer. A training forward reports what fell on each code in `aux`, and
 `update_buffers` moves the codebook once per optimizer step, so within a step it is a constant. A
 code that nothing falls on is *dead*: it restarts beside a code in use, chosen by a hash of (seed,
@@ -32,14 +35,9 @@ from torch import Tensor, nn
 
 from pretrain.mixers.attention import check_heads, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
-from pretrain.mixers.mega import EMA_PARAMETERS, DampedEMA, GatedUnit, check_gated_options
-from pretrain.mixers.s4d import (
-    UNDECAYED,
-    DiagonalSSM,
-    check_ssm_options,
-    executed_ssm_flops,
-    ssm_flops,
-)
+from pretrain.mixers.ema import EMAFilter
+from pretrain.mixers.mega import GatedUnit, check_gated_options
+from pretrain.mixers.s4d import DiagonalSSM, check_ssm_options
 from pretrain.mixers.swa import last_tokens
 from pretrain.ops.normalization import prepare_heads
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -50,6 +48,7 @@ from pretrain.ops.vq_attention import (
     look_up,
     nearest_codes,
     straight_through,
+    two_sided_vq_attention,
     vq_attention,
 )
 from pretrain.ops.window_attention import cached_keys
@@ -177,6 +176,8 @@ class LongVQ(TokenMixer):
 
     Args:
         d_model: model width.
+        causal: False for encoders: own block and both neighbours key by key, all else by codes;
+            blocks are counted from the first token that is no pad.
         block_size: W; documents begin on its multiples.
         n_heads: heads of the attention, each with its own codebook.
         n_codes: S, codes per head.
@@ -194,12 +195,14 @@ class LongVQ(TokenMixer):
         rotary_base: base of the rotary wavelengths.
     """
 
+    two_sided = True
     takes_counted = True
 
     def __init__(
         self,
         d_model: int,
         *,
+        causal: bool = True,
         block_size: int = 512,
         n_heads: int = 1,
         n_codes: int = 512,
@@ -233,17 +236,23 @@ class LongVQ(TokenMixer):
         self.head_dim = check_heads("longvq", self.d_shared, n_heads)
         self.block_size = self.reset_grid = block_size
         self.chunk_size, self.commitment, self.rotary_base = chunk_size, commitment, rotary_base
-        self.ssm: DiagonalSSM | DampedEMA
+        self.ssm: DiagonalSSM | EMAFilter
         if memory == "ema":
-            self.ssm = DampedEMA(d_model, n_modes, chunk_size)
+            self.ssm = EMAFilter(d_model, n_modes, chunk_size, causal=causal)
         else:
             check_ssm_options("longvq", n_modes, dt_min, dt_max, "lin")
             self.ssm = DiagonalSSM(
-                d_model, n_modes=n_modes, dt_min=dt_min, dt_max=dt_max, chunk_size=chunk_size
+                d_model,
+                n_modes=n_modes,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                chunk_size=chunk_size,
+                causal=causal,
             )
         self.unit = GatedUnit(d_model, self.d_shared, self.d_value)
         self.qk_scale = qk_scale(n_heads, self.head_dim)
-        self.bias = T5Bias(n_heads) if position == "t5" else None
+        self.causal = causal
+        self.bias = T5Bias(n_heads, causal=causal) if position == "t5" else None
         self.codes = Codebook(n_heads, n_codes, self.head_dim, codebook_decay, seed)
 
     def forward(
@@ -253,7 +262,12 @@ class LongVQ(TokenMixer):
         *,
         resets: Tensor | None = None,
         counted: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> MixerOutput:
+        self.check_sides(state, resets, padding)
+        if padding is not None:
+            x = x.masked_fill(padding.unsqueeze(-1), 0)
+            counted = ~padding if counted is None else counted & ~padding
         clock = self.clock(x, state, resets)
         m, ssm = self.ssm(x, None if state is None else state.ssm, clock.resets, clock.edges)
         parts = self.unit(x, F.silu(m))
@@ -263,6 +277,9 @@ class LongVQ(TokenMixer):
         book = self.codes.codebook
         code = nearest_codes(k, book)
         aux = self._report(k, code, counted) if self.training else {}
+        if not self.causal:
+            o = self._attend_both_sides(q, k, code, v, padding)
+            return MixerOutput(self.unit.finish(parts, o.flatten(2)), None, aux, gate=parts.u)
         cache = self._empty_cache(x)
         if state is not None:
             alive = state.born == self.codes.born
@@ -305,6 +322,27 @@ class LongVQ(TokenMixer):
         )
         y = self.unit.finish(parts, o.flatten(2))
         return MixerOutput(y, after, aux, gate=parts.u)
+
+    def _attend_both_sides(
+        self, q: Tensor, k: Tensor, code: Tensor, v: Tensor, padding: Tensor | None
+    ) -> Tensor:
+        """q, k (B, T, H, K), code (B, T, H), v (B, T, H, V), padding (B, T) -> (B, T, H, V)."""
+        order = None
+        if padding is not None:
+            # Tokens first: blocks then do not depend on how many pads stand in front of them.
+            code = code.masked_fill(padding.unsqueeze(-1), FORGOTTEN)
+            order = padding.int().argsort(dim=1, stable=True)
+            lane = torch.arange(q.shape[0], device=q.device).unsqueeze(1)
+            q, k, code, v = (part[lane, order] for part in (q, k, code, v))
+        book, w = self.codes.codebook, self.block_size
+        local_q, local_k, bias = q, straight_through(k, code, book), None
+        if self.bias is not None:
+            bias = self.bias(torch.arange(1 - 2 * w, 2 * w, device=q.device))
+        else:
+            local_q = prepare_heads(q, start=0, base=self.rotary_base)
+            local_k = prepare_heads(local_k, start=0, base=self.rotary_base)
+        o = two_sided_vq_attention(q, local_q, local_k, code, v, book, bias, block_size=w)
+        return o if order is None else o[lane, order.argsort(1)]
 
     def _report(self, k: Tensor, code: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
         """The commitment loss, and what falls on each code."""
@@ -358,24 +396,25 @@ class LongVQ(TokenMixer):
         w = min(self.block_size, context)
         recent = (w + 1) / 2 + (context - w) / context * w
         codes = max(0, context - 2 * w) / context * self.n_codes
+        if not self.causal:
+            recent = w + 2 * (context - w) / context * w
+            ends = (
+                (context - w) / context if context > 2 * w else 0
+            )  # of three blocks two see codes
+            codes = self.n_codes * (1 if context > 3 * w else ends)
         attention = 2 * (self.d_shared + self.d_value) * (recent + codes)
-        memory = (
-            self.ssm.flops()
-            if isinstance(self.ssm, DampedEMA)
-            else ssm_flops(self.d_model, self.n_modes, self.chunk_size)
-        )
+        memory = self.ssm.flops_per_token()
         return self.unit.flops() + memory + attention + 2 * self.d_shared * self.n_codes
 
     def executed_flops(self, length: int) -> float:
         w, whole = self.block_size, length // self.block_size
         tail = length - whole * w
-        recent = whole * w**2 + tail**2 + max(0, length - w) * w
-        attention = 2 * (self.d_shared + self.d_value) * (recent + length * self.n_codes)
-        memory = (
-            self.ssm.executed_flops(length)
-            if isinstance(self.ssm, DampedEMA)
-            else executed_ssm_flops(self.d_model, self.n_modes, self.chunk_size, length)
-        )
+        recent, queries = whole * w**2 + tail**2 + max(0, length - w) * w, length
+        if not self.causal:
+            queries = -(-length // w) * w
+            recent = 3 * w * queries
+        attention = 2 * (self.d_shared + self.d_value) * (recent + queries * self.n_codes)
+        memory = self.ssm.executed_flops(length)
         codes = 2 * length * self.d_shared * self.n_codes
         return length * self.unit.flops() + memory + attention + codes
 
@@ -384,8 +423,7 @@ class LongVQ(TokenMixer):
         return {"unit.gain", "unit.offset"} | table | self.ssm_parameters()
 
     def ssm_parameters(self) -> set[str]:
-        names = EMA_PARAMETERS if isinstance(self.ssm, DampedEMA) else UNDECAYED
-        return {f"ssm.{name}" for name in names}
+        return {f"ssm.{name}" for name in self.ssm.undecayed}
 
 
 def check_vq_options(

@@ -20,6 +20,7 @@ the exact zone only; an older key is the constant C[z].
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -196,6 +197,74 @@ def _block_statistics(
     sums = sums.index_add(0, rows.flatten(), (values * seen.unsqueeze(-1)).flatten(0, 3))
     shape = (batch, blocks, heads, size)
     return counts.view(shape), sums.view(*shape, width)
+
+
+def two_sided_vq_attention(
+    q: Tensor,
+    local_q: Tensor,
+    local_k: Tensor,
+    codes: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None = None,
+    *,
+    block_size: int,
+) -> Tensor:
+    """For encoders: the own block and both neighbours key by key, all others by their codes.
+
+    Args:
+        q: (B, T, H, K), scaled, for the codebook.
+        local_q: like `q`, for near keys.
+        local_k: (B, T, H, K), straight-through keys.
+        codes: (B, T, H) int64; `FORGOTTEN` ones, those of pads, are invisible.
+        v: (B, T, H, V).
+        codebook: (H, S, K), a constant.
+        bias: (H, 4W - 1), by distance from 1 - 2W to 2W - 1, query position minus key position.
+        block_size: W.
+
+    Returns:
+        (B, T, H, V); of a lane without any visible key anything finite.
+    """
+    length, w = q.shape[1], block_size
+    blocks, dtype = -(-length // w), wide_dtype(v)
+    # A block of nothing in front, and behind whatever fills the last one and a block of nothing.
+    behind = (blocks + 1) * w - length
+    codes = F.pad(codes, (0, 0, w, behind), value=FORGOTTEN)
+    local_k, v = (F.pad(x, (0, 0, 0, 0, w, behind)) for x in (local_k, v))
+    q, local_q = (
+        F.pad(x, (0, 0, 0, 0, 0, behind - w)).unflatten(1, (blocks, w)).transpose(2, 3)
+        for x in (q, local_q)
+    )
+    zeros = v.new_zeros(v.shape[0], v.shape[2], codebook.shape[1], 1, dtype=dtype)
+    empty = VQCache(zeros.squeeze(-1), zeros)
+    counts, sums = _block_statistics(codes[:, w:-w], v[:, w:-w], blocks, w, empty)
+    # Sums over blocks up to n - 2 and from n + 2 on, and no differences, which would round.
+    counts, sums = (_all_but_neighbours(x) for x in (counts, sums))
+    means = (sums / counts.clamp(min=1).unsqueeze(-1)).to(v.dtype)
+
+    near = [
+        torch.cat([x[:, i * w : (i + blocks) * w].unflatten(1, (blocks, w)) for i in range(3)], 2)
+        for x in (local_k, v, codes.unsqueeze(-1))
+    ]
+    keys, values, seen = (x.transpose(2, 3) for x in near)  # (B, blocks, H, 3W, ...)
+    recent = (local_q @ keys.transpose(-1, -2)).to(dtype)
+    if bias is not None:
+        recent = recent + toeplitz_bias(bias, w, 3 * w, 4 * w - 2)
+    hidden = (seen == FORGOTTEN).transpose(-1, -2)
+    recent = recent.masked_fill(hidden, torch.finfo(dtype).min)
+    old = (q @ codebook.to(q.dtype).transpose(1, 2)).to(dtype) + counts.log().unsqueeze(-2)
+    weights = torch.cat([recent, old], -1).softmax(-1).to(v.dtype)
+    recent, old = weights.split([recent.shape[-1], old.shape[-1]], -1)
+    y = recent @ values + old @ means
+    return y.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def _all_but_neighbours(x: Tensor) -> Tensor:
+    """x (B, blocks, ...) -> for each block the sum over all that are neither it nor beside it."""
+    nothing = x.new_zeros(x.shape[0], 2, *x.shape[2:])
+    before = torch.cat([nothing, x.cumsum(1)], 1)[:, : x.shape[1]]
+    after = torch.cat([nothing, x.flip(1).cumsum(1)], 1)[:, : x.shape[1]].flip(1)
+    return before + after
 
 
 def vq_attention_quadratic(

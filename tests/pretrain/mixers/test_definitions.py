@@ -112,11 +112,11 @@ def ema(p: Any, u: Tensor) -> Tensor:
     return torch.stack(outputs, 1)
 
 
-def gated_unit(mixer: Any, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+def gated_unit(
+    mixer: Any, x: Tensor, memory: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
     """What MEGA's gated attention adds to the stream; attend(q, k, v) is its owner's."""
-    unit = mixer.unit
-    memory = mixer.ema if hasattr(mixer, "ema") else mixer.ssm
-    m = F.silu((ema if hasattr(memory, "delta") else ssm)(memory, x))
+    unit, m = mixer.unit, F.silu(memory)
     d_shared, d_value = unit.gain.shape[1], unit.v_proj.out_features
     z, r, p, u = unit.m_proj(m).split([d_shared, d_value, D_MODEL, D_MODEL], -1)
     q, k = (F.silu(z) * unit.gain[i] + unit.offset[i] for i in range(2))
@@ -148,7 +148,7 @@ def mega(mixer: Any, x: Tensor) -> Tensor:
         weights = 0.5 * (1 + torch.erf((scores - 0.5**0.5) / (0.5 / torch.pi) ** 0.5))
         return (weights * visible) @ v
 
-    return gated_unit(mixer, x, attend_by_distance)
+    return gated_unit(mixer, x, ema(mixer.ema, x), attend_by_distance)
 
 
 def nplr(p: Any, u: Tensor) -> Tensor:
@@ -215,8 +215,17 @@ def spade(mixer: Any, x: Tensor) -> Tensor:
 
 
 def longvq(mixer: Any, x: Tensor) -> Tensor:
-    """All pairs: C[z] for every key; what is older than the previous block is a constant."""
     query, key, visible = causal()
+    memory = (ema if hasattr(mixer.ssm, "delta") else ssm)(mixer.ssm, x)
+    exact = query // W - key // W <= 1
+    # Distances below 16 have a bucket each.
+    return quantised(mixer, x, memory, visible, exact, (query - key).clamp(0, 15))
+
+
+def quantised(
+    mixer: Any, x: Tensor, memory: Tensor, visible: Tensor, exact: Tensor, buckets: Tensor
+) -> Tensor:
+    """All pairs: C[z] for every key, a constant where the pair is not `exact`."""
 
     def attend_to_codes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (mixer.n_heads, -1)) for part in (q, k, v))
@@ -226,21 +235,19 @@ def longvq(mixer: Any, x: Tensor) -> Tensor:
         assert (second - nearest).min() > 1e-6  # or rounding may choose another code
         book = mixer.codes.codebook.unsqueeze(0).expand(BATCH, -1, -1, -1)
         codes = distance.argmin(-1).transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-        quantised = book.gather(2, codes).transpose(1, 2)
-        near, far = quantised + k - k.detach(), quantised
+        far = book.gather(2, codes).transpose(1, 2)
+        near = far + k - k.detach()
         if mixer.bias is None:
             recent = torch.einsum(
                 "bthk,bshk->bhts", *(rotated(part, mixer.rotary_base) for part in (q, near))
             )
-        else:  # distances below 16 have a bucket each
-            recent = torch.einsum("bthk,bshk->bhts", q, near)
-            recent = recent + mixer.bias.table[:, (query - key).clamp(0, 15)]
-        scores = torch.einsum("bthk,bshk->bhts", q, far)
-        scores = torch.where(query // W - key // W <= 1, recent, scores)
+        else:
+            recent = torch.einsum("bthk,bshk->bhts", q, near) + mixer.bias.table[:, buckets]
+        scores = torch.where(exact, recent, torch.einsum("bthk,bshk->bhts", q, far))
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return torch.einsum("bhts,bshk->bthk", weights, v).flatten(2)
 
-    return gated_unit(mixer, x, attend_to_codes)
+    return gated_unit(mixer, x, memory, attend_to_codes)
 
 
 def previous_block_states(reader: Any, p: Any, x: Tensor, q: Tensor) -> Tensor:

@@ -79,6 +79,15 @@ def test_tokens_outside_the_loss_leave_no_trace() -> None:
         torch.testing.assert_close(padded[key], value, rtol=0, atol=1e-12)
 
 
+def test_pads_of_an_encoder_leave_no_trace_either() -> None:
+    mixer, x = build(causal=False), inputs(3 * W)
+    padding = torch.zeros(BATCH, 3 * W, dtype=torch.bool)
+    padding[:, : W + 3] = True
+    short, padded = mixer(x[:, W + 3 :]).aux, mixer(x, padding=padding).aux
+    for key, value in short.items():
+        torch.testing.assert_close(padded[key], value, rtol=0, atol=1e-12)
+
+
 def test_commitment_loss_is_the_distance_of_keys_to_their_codes() -> None:
     mixer, x = build(commitment=0.5), inputs(3 * W)
     aux = mixer(x).aux

@@ -4,12 +4,13 @@ Shapes: B batch, T time, D width. W is the window and block size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_definitions import attend, ema, heads, mimo, nplr, rotated, scaled, ssm
+from test_definitions import attend, ema, heads, mimo, nplr, quantised, rotated, scaled, ssm
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,10 +25,14 @@ D_MODEL, W, BATCH, LENGTH = 8, 8, 2, 27
 SAME = 1e-10
 
 
-def ema_both_ways(mixer: Any, x: Tensor) -> Tensor:
+def averages(p: Any, x: Tensor) -> Tensor:
     """Two EMAs; the one for the future reads the input from the next token on."""
     ahead = torch.cat([torch.zeros_like(x[:, :1]), x.flip(1)[:, :-1]], 1)
-    y = ema(mixer.ssm, x) + ema(mixer.ssm.reverse, ahead).flip(1)
+    return ema(p, x) + ema(p.reverse, ahead).flip(1)
+
+
+def ema_both_ways(mixer: Any, x: Tensor) -> Tensor:
+    y = averages(mixer.ssm, x)
     value, gate = (F.gelu(y) @ mixer.out_proj.weight.T).chunk(2, -1)
     return value * gate.sigmoid()
 
@@ -58,6 +63,17 @@ def both_ways(filters: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor
         return value * gate.sigmoid()
 
     return layer
+
+
+def longvq(mixer: Any, x: Tensor) -> Tensor:
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    block = torch.arange(LENGTH) // W
+    exact = (block[:, None] - block).abs() <= 1
+    memory = averages if hasattr(mixer.ssm, "delta") else partial(both_sides, ssm)
+    # Of T5's 16 buckets a side the first 8 have one distance each, then come 8..11 and 12..15.
+    size = distance.abs()
+    near = torch.where(size < 8, size, 8 + (size >= 12).long()) + 16 * (distance < 0)
+    return quantised(mixer, x, memory(mixer.ssm, x), torch.ones_like(exact), exact, near)
 
 
 def window(mixer: Any, x: Tensor) -> Tensor:
@@ -119,11 +135,18 @@ def fsat(mixer: Any, x: Tensor) -> Tensor:
     return y.flatten(2) @ mixer.out_proj.weight.T
 
 
+LONGVQ = {"block_size": W, "chunk_size": 4, "n_heads": 2, "d_shared": 8, "n_codes": 5, "n_modes": 3}
 WINDOW = {"n_heads": 2, "window_size": W}
 SPADE = WINDOW | {"chunk_size": 4, "n_modes": 3}
 ROWS: dict[str, tuple[str, dict[str, Any], Callable[[Any, Tensor], Tensor]]] = {
     "ema": ("ema", {"n_modes": 3, "chunk_size": 4}, ema_both_ways),
     "fsat": ("fsat", {"n_heads": 2, "n_places": 4, "rotary_base": 100.0}, fsat),
+    "longvq": ("longvq", LONGVQ, longvq),
+    "longvq ema": (
+        "longvq",
+        LONGVQ | {"memory": "ema", "position": "rotary", "n_heads": 1},
+        longvq,
+    ),
     "s4": ("s4", {"n_modes": 3, "chunk_size": 4}, both_ways(nplr)),
     "s4d": ("s4d", {"n_modes": 3, "chunk_size": 4}, both_ways(ssm)),
     "s5": ("s5", {"n_modes": 5, "chunk_size": 4}, both_ways(mimo)),
@@ -157,7 +180,8 @@ def test_every_two_sided_mixer_has_a_row() -> None:
 @every_row
 def test_mixer_equals_its_definition(row: str) -> None:
     mixer, x = build(row), inputs().requires_grad_()
-    got, want = mixer(x).y, ROWS[row][2](mixer, x)
+    output, want = mixer(x), ROWS[row][2](mixer, x)
+    got = output.y if output.gate is None else output.gate * (output.y - x)
     torch.testing.assert_close(got, want, rtol=0, atol=SAME)
     weights, leaves = inputs(seed=2), [x, *mixer.parameters()]
     for a, b in zip(
