@@ -14,11 +14,12 @@ needs the kernel of one chunk and dense powers of dA, which doubling makes in lo
 stored C is the C of the equations and not C (I - dA^L), which ties it to a length L.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from pretrain.ops.chunks import chunk_runs, kept_states
 from pretrain.ops.lti_ssm import toeplitz
@@ -175,40 +176,81 @@ def _chunks(
     local = local.view(channels, batch, length // size, states)
     if s is None:
         s = local.new_zeros(channels, batch, states)
-    before, s = _DenseScan.apply(local, operators.transition(size), s.to(wide), keep)
+    before, s = _dense_scan(local, operators.transition(size), s.to(wide), keep)
     y = torch.bmm(x, toeplitz(operators.taps[:, :size]).to(x.dtype))
     before = before.view(channels, -1, states).to(x.dtype)
     y = torch.baddbmm(y, before, operators.carry_out[:, :size].transpose(1, 2).to(x.dtype))
     return y.view(channels, batch, length), s
 
 
-class _DenseScan(torch.autograd.Function):
-    """before_{j+1} = M before_j + local_j over chunks, M a matrix per channel."""
+@torch.library.custom_op("longspan::dense_scan", mutates_args=())
+def _dense_scan(
+    local: Tensor, matrix: Tensor, s: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """before_{j+1} = M before_j + local_j over chunks, M a matrix per channel.
 
-    @staticmethod
-    def forward(ctx, local: Tensor, matrix: Tensor, s: Tensor, keep: Tensor | None):
-        """local (D, B, J, M), matrix (D, M, M), s (D, B, M), keep (B, J) -> before, s."""
-        before, transposed = torch.empty_like(local), matrix.transpose(1, 2)
-        for j in range(local.shape[2]):
-            if keep is not None:
-                s = s * keep[:, j, None]
-            before[:, :, j] = s
-            s = torch.baddbmm(local[:, :, j], s, transposed)
-        ctx.save_for_backward(before, matrix, keep)
-        return before, s
+    An operator of its own, because a compiler would unroll the loop.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_before: Tensor, d_s: Tensor):
-        before, matrix, keep = ctx.saved_tensors
-        d_local = torch.empty_like(before)
-        for j in reversed(range(before.shape[2])):
-            d_local[:, :, j] = d_s
-            d_s = torch.baddbmm(d_before[:, :, j], d_s, matrix)
-            if keep is not None:
-                d_s = d_s * keep[:, j, None]
-        d_matrix = torch.bmm(d_local.flatten(1, 2).transpose(1, 2), before.flatten(1, 2))
-        return d_local, d_matrix, d_s, None
+    Args:
+        local: (D, B, J, M), what each of J chunks adds.
+        matrix: (D, M, M).
+        s: (D, B, M), the state before the first chunk.
+        keep: (B, J) bool, False where the state is zeroed before a chunk.
+
+    Returns:
+        The states before each chunk, like `local`, and the last one, like `s`.
+    """
+    before, transposed, now = torch.empty_like(local), matrix.transpose(1, 2), s
+    for j in range(local.shape[2]):
+        if keep is not None:
+            now = now * keep[:, j, None]
+        before[:, :, j] = now
+        now = torch.baddbmm(local[:, :, j], now, transposed)
+    return before, now
+
+
+@torch.library.custom_op("longspan::dense_scan_backward", mutates_args=())
+def _dense_scan_backward(
+    d_before: Tensor, d_s: Tensor, before: Tensor, matrix: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan from the right with the transposed matrix: gradients of local, matrix and s."""
+    d_local, now = torch.empty_like(before), d_s
+    for j in reversed(range(before.shape[2])):
+        d_local[:, :, j] = now
+        now = torch.baddbmm(d_before[:, :, j], now, matrix)
+        if keep is not None:
+            now = now * keep[:, j, None]
+    d_matrix = torch.bmm(d_local.flatten(1, 2).transpose(1, 2), before.flatten(1, 2))
+    return d_local, d_matrix, now
+
+
+@_dense_scan.register_fake
+def _(local: Tensor, matrix: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(local), s.new_empty(s.shape)
+
+
+@_dense_scan_backward.register_fake
+def _(
+    d_before: Tensor, d_s: Tensor, before: Tensor, matrix: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(before), matrix.new_empty(matrix.shape), d_s.new_empty(d_s.shape)
+
+
+def _save_for_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[0], inputs[1], inputs[3])
+
+
+def _backward_of_scan(ctx: Any, d_before: Tensor, d_s: Tensor) -> tuple[Tensor | None, ...]:
+    before, matrix, keep = ctx.saved_tensors
+    return *_dense_scan_backward(d_before, d_s, before, matrix, keep), None
+
+
+_dense_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)
+
+
+@register_flop_formula(torch.ops.longspan.dense_scan)
+def _dense_scan_flops(local: torch.Size, *shapes: Any, **others: Any) -> int:
+    return 2 * math.prod(local) * local[-1]
 
 
 def nplr_ssm_naive(
