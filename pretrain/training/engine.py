@@ -44,7 +44,7 @@ PASSED_ON = (
 )
 
 # bf16 keeps 8 bits and a compiled block rounds in other places: 0.01 of what a block adds.
-COMPILED_ERROR = 0.05
+COMPILED_ERROR, TINY = 0.05, 1e-12
 
 
 @dataclass(frozen=True)
@@ -232,16 +232,28 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
             x = torch.randn(shape, device=device)
             with autocast(config, device):
                 want, got = block.forward(x, states[0]), block(x, states[1])
-            states = [map_state(Tensor.detach, output.state) for output in (want, got)]
-            # What the block adds, not the residual stream it is added to.
-            change = want.x - x
-            error = ((got.x - want.x).norm() / change.norm()).item()
+            # What the block adds, not the residual stream it is added to; and its derivatives.
+            pairs = zip(
+                [want.x - x, *_gradients(block, want.x)],
+                [got.x - x, *_gradients(block, got.x)],
+                strict=True,
+            )
+            error = max(((b - a).norm() / a.norm().clamp(min=TINY)).item() for a, b in pairs)
             if not error < COMPILED_ERROR:
                 raise ValueError(
                     f"train.compile=true: the compiled '{kind}' block differs from the same block "
-                    f"uncompiled by {error:.3f} of what it adds, in the {segment} segment (torch "
-                    f"{torch.__version__}, {device.type}); use train.compile=false or another torch"
+                    f"uncompiled by {error:.3f} in an output or a gradient, in the {segment} "
+                    f"segment (torch {torch.__version__}, {device.type}); use train.compile=false "
+                    f"or another torch"
                 )
+            states = [map_state(Tensor.detach, output.state) for output in (want, got)]
+
+
+def _gradients(block: nn.Module, y: Tensor) -> list[Tensor]:
+    """The gradient of a functional of y, all parameters in one: single ones cancel in bf16."""
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    found = torch.autograd.grad(y.float().square().sum(), parameters, allow_unused=True)
+    return [torch.cat([g.flatten().float() for g in found if g is not None])]
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -107,14 +107,20 @@ def test_wrongly_compiled_code_is_found_before_training() -> None:
     compile_blocks(model, backend="aot_eager")
     verify_compiled(model, config, device)
 
-    class Miscompiled(type(model.blocks[1])):  # type: ignore[misc]
+    class WrongOutput(type(model.blocks[1])):  # type: ignore[misc]
         def __call__(self, *args: object) -> BlockOutput:
             output = self.forward(*args)
             return output._replace(x=output.x * 1.3)
 
-    model.blocks[1].__class__ = Miscompiled
-    with pytest.raises(ValueError, match=r"train\.compile=true: the compiled 's4d' block differs"):
-        verify_compiled(model, config, device)
+    class WrongGradient(type(model.blocks[1])):  # type: ignore[misc]
+        def __call__(self, *args: object) -> BlockOutput:
+            output = self.forward(*args)
+            return output._replace(x=output.x.detach() + 0.5 * (output.x - output.x.detach()))
+
+    for wrong in (WrongOutput, WrongGradient):
+        model.blocks[1].__class__ = wrong
+        with pytest.raises(ValueError, match=r"train\.compile=true: the compiled 's4d' block"):
+            verify_compiled(model, config, device)
 
 
 def test_training_imports_neither_data_nor_evals() -> None:
