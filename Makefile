@@ -27,7 +27,7 @@ test: lint
 	@$(RUN) OMP_NUM_THREADS=1 pytest
 
 test-slow: $(VENV)/ready
-	@$(RUN) OMP_NUM_THREADS=1 pytest -m slow --timeout=3600
+	@$(RUN) OMP_NUM_THREADS=1 pytest -m "slow and not gpu" --timeout=3600
 
 lint: $(VENV)/ready
 	@$(RUN) ruff check

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pretrain.ops import biased_attention as ops
-from pretrain.ops.relative_bias import RotaryBias, T5Bias, t5_buckets, toeplitz_bias
+from pretrain.ops.relative_bias import RotaryBias, T5Bias, toeplitz_bias
 
 W, BATCH, HEADS, KEY, VALUE = 8, 2, 2, 4, 6
 
@@ -94,13 +94,6 @@ def test_a_bias_row_becomes_the_toeplitz_matrix_of_distances(
     distance = newest - torch.arange(queries).flip(0)[:, None] - torch.arange(keys)
     got = toeplitz_bias(bias, queries, keys, newest)
     assert torch.equal(got, distance.clamp(min=0).float().expand(2, -1, -1))
-
-
-def test_t5_buckets_are_those_of_transformers() -> None:
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    distance = torch.arange(1000)
-    want = t5.T5Attention._relative_position_bucket(-distance, bidirectional=False)
-    assert torch.equal(t5_buckets(distance), want)
 
 
 def test_biases_depend_on_the_table_they_learn() -> None:
