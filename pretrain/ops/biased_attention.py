@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pretrain.ops.numerics import wide_dtype
 from pretrain.ops.relative_bias import toeplitz_bias
-from pretrain.ops.window_attention import _query_runs
+from pretrain.ops.window_attention import query_runs
 
 Weighting = Literal["softmax", "laplace"]
 
@@ -84,7 +84,7 @@ def chunk_attention(
         (B, T, H, V).
     """
     outputs = []
-    for start, stop, size in _query_runs(q.shape[1], offset, chunk_size):
+    for start, stop, size in query_runs(q.shape[1], offset, chunk_size):
         at = offset if start == 0 else 0  # tokens of this run's chunks in front of its queries
         count = (stop - start) // size
         queries = q[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)

@@ -19,7 +19,7 @@ from pretrain.ops.lti_ssm import (
     mode_powers,
 )
 from pretrain.ops.numerics import no_autocast, wide_dtype
-from pretrain.ops.window_attention import _query_runs
+from pretrain.ops.window_attention import query_runs
 
 
 def lti_block_ends(
@@ -59,7 +59,7 @@ def lti_block_ends(
             s = state.to(s.dtype).transpose(-1, -2).transpose(0, 1).contiguous()
         after = []
         # The first chunk is whatever the block's present chunk still lacks.
-        for start, stop, size in _query_runs(length, offset % chunk_size, chunk_size):
+        for start, stop, size in query_runs(length, offset % chunk_size, chunk_size):
             x = u[:, start:stop].permute(2, 0, 1).reshape(channels, -1, size)
             # Token j of a chunk has decayed size - 1 - j times at its end.
             carry_in = powers[:, :size].flip(1).flatten(2)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.window_attention import _query_runs
+from pretrain.ops.window_attention import query_runs
 
 
 def state_attention(
@@ -27,7 +27,7 @@ def state_attention(
         (B, T, H, K).
     """
     outputs, block = [], 0
-    for start, stop, size in _query_runs(q.shape[1], offset, block_size):
+    for start, stop, size in query_runs(q.shape[1], offset, block_size):
         count = (stop - start) // size
         queries = q[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)
         keys, values = (x[:, block : block + count].flatten(0, 1).transpose(1, 2) for x in (k, v))

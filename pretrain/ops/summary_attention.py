@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.numerics import no_autocast, wide_dtype
-from pretrain.ops.window_attention import _key_blocks, _keys_in_front, _query_runs, _visible
+from pretrain.ops.window_attention import _visible, key_blocks, keys_in_front, query_runs
 
 
 def summarise_chunks(x: Tensor, scores: Tensor, chunk_size: int) -> Tensor:
@@ -65,9 +65,9 @@ def summary_attention(
     known = known.expand(q.shape[0], -1, -1)
     outputs, block = [], 0
     with no_autocast(q):
-        for start, stop, size in _query_runs(length, offset, block_size):
+        for start, stop, size in query_runs(length, offset, block_size):
             at = offset if start == 0 else 0  # place of the run's first query in its block
-            back = _keys_in_front("window", block_size, cached - offset, start)
+            back = keys_in_front("window", block_size, cached - offset, start)
             count = (stop - start) // size
             queries, longer = (
                 x[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)
@@ -75,7 +75,7 @@ def summary_attention(
             )
             first_key = cached + start - at - back
             keys, values = (
-                _key_blocks(x, first_key, back, at + size, count).transpose(1, 2) for x in (k, v)
+                key_blocks(x, first_key, back, at + size, count).transpose(1, 2) for x in (k, v)
             )
             bank = slice(block, block + count)
             far_keys, far_values = (

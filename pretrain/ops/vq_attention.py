@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pretrain.ops.numerics import no_autocast, wide_dtype
 from pretrain.ops.relative_bias import toeplitz_bias
-from pretrain.ops.window_attention import _key_blocks, _keys_in_front, _query_runs
+from pretrain.ops.window_attention import key_blocks, keys_in_front, query_runs
 
 FORGOTTEN = -1  # the code of a cached key that nobody may see any more
 
@@ -110,13 +110,13 @@ def vq_attention(
     log_counts = counts.log()  # log 0 = -inf hides a code that nothing fell on
     book, means = codebook.to(q.dtype).transpose(1, 2), means.to(v.dtype)
     cached, outputs, block = local_k.shape[1] - q.shape[1], [], 0
-    for start, stop, size in _query_runs(q.shape[1], offset, block_size):
+    for start, stop, size in query_runs(q.shape[1], offset, block_size):
         at = offset if start == 0 else 0
-        back = _keys_in_front("own_and_previous", block_size, cached - offset, start)
+        back = keys_in_front("own_and_previous", block_size, cached - offset, start)
         count = (stop - start) // size
         first = cached + start - at - back
         keys, values, seen = (
-            _key_blocks(x, first, back, at + size, count).unflatten(0, (-1, count)).transpose(2, 3)
+            key_blocks(x, first, back, at + size, count).unflatten(0, (-1, count)).transpose(2, 3)
             for x in (local_k, v, codes.unsqueeze(-1))
         )
         far, near = (

@@ -92,12 +92,12 @@ def window_attention_sdpa(
     """One fused kernel for all whole blocks, at the price of copying each key twice."""
     length, cached = q.shape[1], k.shape[1] - q.shape[1]
     outputs, block = [], 0
-    for start, stop, size in _query_runs(length, offset, block_size):
+    for start, stop, size in query_runs(length, offset, block_size):
         at = offset if start == 0 else 0  # place of the run's first query in its block
-        back = _keys_in_front(reach, block_size, cached - offset, start)
+        back = keys_in_front(reach, block_size, cached - offset, start)
         count = (stop - start) // size
         first_key = cached + start - at - back
-        keys, values = (_key_blocks(x, first_key, back, at + size, count) for x in (k, v))
+        keys, values = (key_blocks(x, first_key, back, at + size, count) for x in (k, v))
         queries = q[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)
         flags = fresh[:, block : block + count] if fresh is not None else None
         mask = _visible(reach, block_size, at, back, size, flags, q.device)
@@ -112,14 +112,14 @@ def window_attention_sdpa(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _keys_in_front(reach: Reach, block_size: int, first: int, start: int) -> int:
+def keys_in_front(reach: Reach, block_size: int, first: int, start: int) -> int:
     """Keys that a block sees before its own: for the first block, those that the cache holds."""
     if start == 0:
         return first
     return 0 if reach == "own" else block_size
 
 
-def _query_runs(length: int, offset: int, block_size: int) -> list[tuple[int, int, int]]:
+def query_runs(length: int, offset: int, block_size: int) -> list[tuple[int, int, int]]:
     """(start, stop, queries per block): the first block, the whole ones after it, a ragged tail.
 
     The first block stands alone because its keys come from the cache.
@@ -134,7 +134,7 @@ def _query_runs(length: int, offset: int, block_size: int) -> list[tuple[int, in
     return [run for run in bounds if run[1] > run[0]]
 
 
-def _key_blocks(x: Tensor, start: int, back: int, own: int, count: int) -> Tensor:
+def key_blocks(x: Tensor, start: int, back: int, own: int, count: int) -> Tensor:
     """(B * count, back + own, H, K): for each block its `back` previous and `own` present keys."""
     if count == 1:
         return x[:, start : start + back + own]
@@ -294,9 +294,9 @@ class _BlockAttention(torch.autograd.Function):
 def _blocks(q: Tensor, k: Tensor, block_size: int, reach: Reach, offset: int) -> list[_Block]:
     """q (B, H, T, K), k (B, H, M + T, K)."""
     cached, blocks = k.shape[2] - q.shape[2], []
-    for start, stop, size in _query_runs(q.shape[2], offset, block_size):
+    for start, stop, size in query_runs(q.shape[2], offset, block_size):
         at = offset if start == 0 else 0
-        back = _keys_in_front(reach, block_size, cached - offset, start)
+        back = keys_in_front(reach, block_size, cached - offset, start)
         for first in range(start, stop, size):
             last = cached + first + size
             keys = slice(cached + first - at - back, last)
