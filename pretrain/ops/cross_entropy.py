@@ -61,29 +61,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nll = torch.empty(tokens, dtype=wide, device=hidden.device)
             d_hidden = torch.empty_like(hidden) if needs_gradient else None
             d_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
-            # Two buffers for all chunks (one if the dtypes agree): fresh ones cost page faults.
-            narrow = hidden.new_empty(rows, len(weight), dtype=dtype)
-            e = narrow if dtype == wide else torch.empty_like(narrow, dtype=wide)
+            # Buffers for all chunks: fresh ones cost page faults on a CPU.
+            logits = hidden.new_empty(rows, len(weight), dtype=dtype)
+            buffer = logits
+            if dtype != wide and not hidden.is_cuda:
+                buffer = torch.empty_like(logits, dtype=wide)
             for start in range(0, tokens, chunk_size):
                 part = slice(start, start + chunk_size)
-                h, index = hidden[part].to(dtype), targets[part, None]
-                narrow, e = narrow[: len(h)], e[: len(h)]
-                torch.mm(h, w.T, out=narrow)
-                if dtype != wide:
-                    e.copy_(narrow)
-                largest, wanted = e.amax(-1, keepdim=True), e.gather(1, index)
-                total = e.sub_(largest).exp_().sum(-1, keepdim=True)
-                nll[part] = (total.log() + largest - wanted).squeeze(1) * mask[part]
+                h = hidden[part].to(dtype)
+                logits, buffer = logits[: len(h)], buffer[: len(h)]
+                torch.mm(h, w.T, out=logits)
+                factor = _softmax_residual_(logits, targets[part], mask[part], nll[part], buffer)
                 if d_hidden is None or d_weight is None:
                     continue
-                # d nll / d logits = e / total - onehot. Division and mask are left to the narrow
-                # factors of the two products.
-                e.scatter_add_(1, index, -total)
-                if dtype != wide:
-                    narrow.copy_(e)
-                counts = mask[part, None] / total
-                d_hidden[part] = (narrow @ w) * counts
-                d_weight += narrow.T @ (h * counts).to(dtype)
+                d_hidden[part] = (logits @ w) * factor
+                d_weight += logits.T @ (h * factor).to(dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
@@ -95,6 +87,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         d_weight = (d_weight * d_loss).to(ctx.weight_dtype)
         return (d_hidden * d_loss).to(d_hidden.dtype), d_weight, None, None, None, None, None
+
+
+def _softmax_residual_(
+    logits: Tensor, targets: Tensor, mask: Tensor, nll: Tensor, buffer: Tensor
+) -> Tensor:
+    """Fills nll; turns logits into their derivatives but for a factor per row.
+
+    Division and mask are left to the narrow factors of the two products that follow.
+
+    Args:
+        logits: (M, V).
+        targets: (M,).
+        mask: (M,).
+        nll: (M,) in at least fp32.
+        buffer: like `logits` in the dtype of `nll`, may be `logits`; not used on a GPU.
+
+    Returns:
+        (M, 1): d nll / d logits = factor x what is left in `logits`.
+    """
+    if logits.is_cuda:
+        from pretrain.ops.cross_entropy_kernel import softmax_residual_
+
+        return softmax_residual_(logits, targets, mask, nll).unsqueeze(1)
+    index, e = targets.unsqueeze(1), buffer
+    if logits.dtype != e.dtype:
+        e.copy_(logits)
+    largest, wanted = e.amax(-1, keepdim=True), e.gather(1, index)
+    total = e.sub_(largest).exp_().sum(-1, keepdim=True)
+    nll.copy_((total.log() + largest - wanted).squeeze(1) * mask)
+    # d nll / d logits = e / total - onehot.
+    e.scatter_add_(1, index, -total)
+    if logits.dtype != e.dtype:
+        logits.copy_(e)
+    return mask.unsqueeze(1) / total
 
 
 def linear_cross_entropy_naive(

@@ -129,11 +129,27 @@ def _rotation(x: Tensor, start: int | None, base: float) -> tuple[Tensor | None,
     """cos and sin of the rotary angles, (T, 1, K / 2)."""
     if start is None:
         return None, None
-    length, width = x.shape[1], x.shape[3]
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width
-    positions = torch.arange(start, start + length, dtype=torch.float64, device=x.device)
+    return _rotary_table(start, x.shape[1], x.shape[3], base, wide_dtype(x), x.device)
+
+
+@torch.library.custom_op("longspan::rotary_table", mutates_args=())
+def _rotary_table(
+    start: int, length: int, width: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, (length, 1, width / 2) each. An operator, because inductor would form every
+    angle anew for each of B H heads: a third of a training step, in fp64."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
+    positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
     angles = torch.outer(positions, base**-exponents).unsqueeze(1)
-    return angles.cos().to(wide_dtype(x)), angles.sin().to(wide_dtype(x))
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@_rotary_table.register_fake
+def _(
+    start: int, length: int, width: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    cos = torch.empty(length, 1, width // 2, dtype=dtype, device=device)
+    return cos, torch.empty_like(cos)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

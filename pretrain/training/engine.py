@@ -199,7 +199,7 @@ def build_engine(
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles each block in place.
+    """Compiles each block, and the norm behind them, in place.
 
     All blocks share the code of `Block.forward`, and with it the number of variants that torch
     compiles before it runs the rest eagerly for good: eight, but each kind of layer has one without
@@ -207,8 +207,8 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     are static, as in the tests of the mixers: training has one.
     """
     torch._dynamo.config.recompile_limit = 64
-    for block in model.blocks:  # type: ignore[union-attr]
-        block.compile(backend=backend, dynamic=False)
+    for module in (*model.blocks, model.norm):  # type: ignore[misc]
+        module.compile(backend=backend, dynamic=False)
 
 
 def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -> None:

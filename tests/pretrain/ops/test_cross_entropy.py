@@ -40,6 +40,28 @@ def test_values_and_gradients_equal_torchs_own(
     assert torch.equal(nll[~mask], torch.zeros_like(nll[~mask]))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [29, 20_000])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_the_kernel_equals_the_definition(
+    dtype: torch.dtype, bound: float, vocabulary: int
+) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, 64, dtype=dtype, device="cuda").requires_grad_()
+    weight = torch.randn(vocabulary, 64, dtype=dtype, device="cuda").requires_grad_()
+    targets = torch.randint(0, vocabulary, (TOKENS,), device="cuda")
+    mask = torch.rand(TOKENS, device="cuda") < 0.7
+    loss, nll = linear_cross_entropy(hidden, weight, targets, mask, chunk_size=16)
+    got = [loss, nll, *torch.autograd.grad(loss, [hidden, weight])]
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    want_loss, want_nll = linear_cross_entropy_naive(h, w, targets, mask)
+    want = [want_loss, want_nll, *torch.autograd.grad(want_loss, [h, w])]
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() < bound * b.norm()
+
+
 def test_naive_twin_agrees() -> None:
     arguments = problem(torch.float64)
     for a, b in zip(

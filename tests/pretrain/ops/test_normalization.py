@@ -62,3 +62,19 @@ def test_rotated_scores_do_not_depend_on_the_offset() -> None:
         for start in (0, 2**20)
     ]
     torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-5 * 64)
+
+
+def test_compiled_rotation_forms_its_angles_once_and_not_for_every_head() -> None:
+    """Inductor would compute them, in fp64, wherever they are used: a third of a training step."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(2, 5, 3, 8)
+    rotated = torch.compile(prepare_heads, backend=keep, fullgraph=True)(x, start=7)
+    torch.testing.assert_close(rotated, prepare_heads_naive(x, start=7))
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert "longspan.rotary_table.default" in targets
+    assert not any("cos" in target for target in targets)
