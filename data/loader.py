@@ -37,7 +37,7 @@ BOUNDARIES = {
 pad_block: padding up to the next edge of the model's reset grid, and a reset there. pad_segment:
 padding up to the next segment, and a reset. cross, packed: nothing, and no reset: the model reads
 on over the boundary."""
-LAYOUT_TOKENS, LAYOUT_STEPS = 2**23, 256  # Laid out at once, at most.
+LAYOUT_TOKENS, LAYOUT_STEPS = 2**22, 256  # Laid out at once, at most.
 
 
 def start_id(mode: str, boundary: str = "") -> int:

@@ -235,13 +235,14 @@ class _Dealer:
             ordinals = np.arange(self.dealt, self.dealt + min(DEALT_AT_ONCE, self.n))
             documents = self.order.items(ordinals)
             sizes = (padded_slots(self.lengths[documents], self.grid) << LANE_BITS).tolist()
-            places: list[int] = []
+            taken: list[int] = []
             for size in sizes:
                 place = free[0]
                 if place >= limit:
                     break
-                places.append(heapq.heapreplace(free, place + size))
-            slots, lanes = np.divmod(np.array(places), 1 << LANE_BITS)
+                taken.append(heapq.heapreplace(free, place + size))
+            places = np.array(taken)
+            slots, lanes = places >> LANE_BITS, places & (2**LANE_BITS - 1)
             new_epoch = ordinals[: len(places)] % self.n == 0
             self.epoch_starts += slots[new_epoch].tolist()
             self.dealt += len(places)

@@ -49,18 +49,22 @@ class Shelf:
 
         Reads only those pages of the indices that it needs.
         """
-        order = np.argsort(shards, kind="stable")
+        order = np.argsort(self.token_base[shards] + begin)  # Ascending, they are found sooner.
         edges = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
         places, documents = [], []
+        counts = np.empty_like(at)
         for i, j in pairwise(edges):
             here = order[i:j]
             shard = int(shards[here[0]])
             pieces, found, cut = _cut(begin[here], end[here], self.shards[shard].doc_start)
             places.append((at - begin)[here][pieces] + cut)
             documents.append(found + self.doc_base[shard])
-        joined = np.concatenate(places)
-        order = np.argsort(joined, kind="stable")
-        return joined[order], np.concatenate(documents)[order]
+            counts[here] = np.bincount(pieces)
+        # Back from the order of the search to that of the pieces.
+        _, target = expand((np.cumsum(counts) - counts)[order], counts[order])
+        joined = np.empty((2, len(target)), np.int64)
+        joined[:, target] = np.concatenate(places), np.concatenate(documents)
+        return joined[0], joined[1]
 
 
 class Shape(NamedTuple):
@@ -84,7 +88,7 @@ class Pieces(NamedTuple):
 
     Attributes:
         at: first slot.
-        source: index of a shard, or `BOS` or `PAD`.
+        source: index of a shard; behind the shards, `FILL`: padding that may end in a BOS.
         begin: first token in the source.
     """
 
@@ -93,7 +97,7 @@ class Pieces(NamedTuple):
     begin: np.ndarray
 
 
-BOS, PAD = -2, -1  # Sources behind the shards: indices into a list from its end.
+FILL = -1  # As a source: a row of padding, then BOS twice.
 
 
 def packed_layout(
@@ -122,8 +126,8 @@ def packed_layout(
     pad = filled[padded]
     pieces = Pieces(
         np.concatenate([at, corner[bos], pad]),
-        np.concatenate([shards, np.full(bos.sum(), BOS), np.full(len(pad), PAD)]),
-        np.concatenate([cut - base, np.zeros(bos.sum() + len(pad), np.int64)]),
+        np.concatenate([shards, np.full(bos.sum() + len(pad), FILL)]),
+        np.concatenate([cut - base, np.full(bos.sum(), width), np.zeros(len(pad), np.int64)]),
     )
     order = np.argsort(pieces.at, kind="stable")
     run_order = np.argsort(np.concatenate([run_at, pad]), kind="stable")
@@ -133,8 +137,7 @@ def packed_layout(
         Pieces(*(part[order] for part in pieces)),
         np.concatenate([run_at, pad])[run_order],
         np.concatenate([documents, np.full(len(pad), -1)])[run_order],
-        gaps=(pad, corner[padded] + width),
-        starts=np.zeros(0, np.int64),
+        np.zeros(0, np.int64),
     )
 
 
@@ -160,21 +163,32 @@ def document_layout(
     columns = np.clip(np.stack([bos, bos + 1, bos + 1 + length], 1), 0, width)
     at = corner[:, None] + columns
     begin = token - shelf.token_base[shard] + columns[:, 1] - (bos + 1)
-    zeros = np.zeros_like(shard)
+    # What is between the tokens of two documents, or at the start of a row, is one piece.
+    first = np.diff(rows, prepend=-1) != 0
+    between = np.where(first, corner, np.roll(at[:, 2], 1))
+    pieces_at = np.stack([between, at[:, 1]], 1)
+    source = np.stack([np.full_like(shard, FILL), shard], 1).reshape(-1)
+    begin = np.stack([width + 1 - (at[:, 1] - between), begin], 1).reshape(-1)
+    # A BOS that ends a row and one that begins the next row of the step are one piece, too.
+    both = first[1:] & (columns[:-1, 1] == width) & (columns[1:, 1] == 1)
+    twice = np.flatnonzero(both & (rows[1:] % shape.n_rows > 0))
+    pieces_at[twice, 1] += 1
+    pieces_at[twice + 1, 0] += 1
+    # Only the last row of an epoch of windows can end in padding.
+    last = np.roll(first, -1)
+    ends = np.flatnonzero(last & (columns[:, 2] < width))
     pieces = Pieces(
-        at.reshape(-1),
-        np.stack([zeros + BOS, shard, zeros + PAD], 1).reshape(-1),
-        np.stack([zeros, begin, zeros], 1).reshape(-1),
+        np.insert(pieces_at.reshape(-1), 2 * ends + 2, at[ends, 2]),
+        np.insert(source, 2 * ends + 2, FILL),
+        np.insert(begin, 2 * ends + 2, 0),
     )
-    last = np.diff(rows, append=-1) != 0
     return Layout(
         shelf,
         shape,
         pieces,
         at[:, [0, 2]].reshape(-1),
-        np.stack([documents, zeros - 1], 1).reshape(-1),
-        gaps=(at[:, 2], np.where(last, corner + width, np.roll(at[:, 1], -1))),
-        starts=at[(bos >= 0) & (bos < shape.seq_len), 0],
+        np.stack([documents, np.full_like(documents, -1)], 1).reshape(-1),
+        at[(bos >= 0) & (bos < shape.seq_len), 0],
     )
 
 
@@ -187,8 +201,6 @@ class Layout:
         pieces: what is copied, covering all slots; some may be empty.
         run_at: first slot of each run of one document or of padding, covering all; some are empty.
         run_documents: the document of each run, or -1.
-        gaps: first slot and end of runs that are no targets; slot 0 of a row, no target of its own
-            row, is in none: documents start on a grid that rows begin on, so no padding does there.
         starts: slots of inputs at which the model is reset.
     """
 
@@ -199,40 +211,26 @@ class Layout:
         pieces: Pieces,
         run_at: np.ndarray,
         run_documents: np.ndarray,
-        *,
-        gaps: tuple[np.ndarray, np.ndarray],
         starts: np.ndarray,
     ) -> None:
         width = shape.seq_len + 1
         size = shape.n_rows * width
         edges = np.arange(shape.n_steps + 1) * size
         self._dtype = shelf.dtype
+        fill = np.full(width + 2, PAD_ID, shelf.dtype)
+        fill[width:] = BOS_ID
+        self._sources = [shard.tokens.data for shard in shelf.shards] + [fill.data]
 
         length = np.diff(pieces.at, append=edges[-1])
-        at, source, begin, length = (part[length > 0] for part in (*pieces, length))
-        bos, pad = np.array([BOS_ID], shelf.dtype), np.full(width, PAD_ID, shelf.dtype)
-        sources = [shard.tokens.data for shard in shelf.shards] + [bos.data, pad.data]
-        # Lists of Python's integers: a loop over numpy's takes twice the time. No list of tuples:
-        # a hundred thousand of them set off the garbage collector, which takes half a second.
-        self._pieces = (
-            [sources[i] for i in source.tolist()],
-            begin.tolist(),
-            (begin + length).tolist(),
-        )
-        self._piece_edges = at.searchsorted(edges).tolist()
+        filled = np.flatnonzero(length)
+        self._length, self._source = length[filled], pieces.source[filled]
+        self._begin = pieces.begin[filled]
+        self._piece_edges = pieces.at[filled].searchsorted(edges).tolist()
 
-        length = np.diff(run_at, append=edges[-1])
-        self._lengths, self._documents = length[length > 0], run_documents[length > 0]
-        self._run_edges = run_at[length > 0].searchsorted(edges).tolist()
-
-        # Slot c of a row is the target of place c - 1 in the row of a mask.
-        row = gaps[0] // width
-        first, stop = gaps[0] - row - 1, gaps[1] - row - 1
-        first, stop = first[stop > first], stop[stop > first]
-        mask_edges = np.arange(shape.n_steps + 1) * shape.n_rows * shape.seq_len
-        self._gap_edges = first.searchsorted(mask_edges).tolist()
-        shift = first // (shape.n_rows * shape.seq_len) * (shape.n_rows * shape.seq_len)
-        self._gaps = (first - shift).tolist(), (stop - shift).tolist()
+        self._run_length = np.diff(run_at, append=edges[-1])
+        # As narrow as they can be: a step's are spread out once, and widened as they are copied.
+        self._run_document = run_documents.astype(np.min_scalar_type(-1 - shelf.doc_base[-1]))
+        self._run_edges = run_at.searchsorted(edges).tolist()
 
         self._start_edges = starts.searchsorted(edges).tolist()
         row, column = np.divmod(starts % size, width)
@@ -248,18 +246,17 @@ class Layout:
         doc_id: np.ndarray,
     ) -> None:
         """Writes every element of the arrays of the `step`-th step, as `pretrain.batch.Batch`."""
-        # Joining bytes is twice as fast as numpy's assignment of slices, when they are short.
         here = slice(*self._piece_edges[step : step + 2])
-        pieces = zip(*(part[here] for part in self._pieces), strict=True)
-        joined = b"".join([source[begin:end] for source, begin, end in pieces])
+        source, begin, length = self._source[here], self._begin[here], self._length[here]
+        # Joining bytes is twice as fast as numpy's assignment of slices, when they are short, and
+        # a loop over Python's integers as one over numpy's.
+        pieces = zip(source.tolist(), begin.tolist(), (begin + length).tolist(), strict=True)
+        joined = b"".join([self._sources[i][start:stop] for i, start, stop in pieces])
         tokens.reshape(-1)[:] = np.frombuffer(joined, self._dtype)
+        # Whatever comes from a document is a target, except in slot 0, where none is.
+        loss_mask[:] = np.repeat(source != FILL, length).reshape(tokens.shape)[:, 1:]
         here = slice(*self._run_edges[step : step + 2])
-        doc_id.reshape(-1)[:] = np.repeat(self._documents[here], self._lengths[here])
-        loss_mask.fill(True)
-        targets = loss_mask.reshape(-1)
-        here = slice(*self._gap_edges[step : step + 2])
-        for begin, end in zip(*(part[here] for part in self._gaps), strict=True):
-            targets[begin:end] = False
+        doc_id.reshape(-1)[:] = np.repeat(self._run_document[here], self._run_length[here])
         if resets is not None:
             resets.fill(False)
             here = slice(*self._start_edges[step : step + 2])
