@@ -8,13 +8,13 @@ KEYs: `tokenizer` (unigram, bpe, bytes or a .model), `vocab_size`, `forms` (comm
 `folder` (where the files go; needs about twice workers * megabytes).
 
 MB are 10^6 bytes of UTF-8 text, not of the file around it. CPU seconds are those of all processes,
-starting them included: MB per CPU second is the speed of one core that does nothing else.
+starting them included: MB per CPU second is the speed of one core that does nothing else. Scaling
+is MB/s per worker, of what one worker does of the same form (with 1 among `workers`, first).
 """
 
 import contextlib
 import gzip
 import io
-import itertools
 import json
 import lzma
 import os
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pyarrow
@@ -84,18 +85,23 @@ class Measurement:
     seconds: float
     cpu_seconds: float
 
-    def row(self) -> str:
+    def row(self, one: "Measurement | None") -> str:
+        """A line of the table; `one` is the measurement with one worker, to compare with."""
         megabytes = self.text_bytes / 1e6
+        scaling = "-"
+        if one is not None:
+            speeds = [m.text_bytes / m.seconds / m.workers for m in (self, one)]
+            scaling = f"{speeds[0] / speeds[1]:.0%}"
         return (
             f"| {self.form} | {self.workers} | {self.file_bytes / 1e6:,.1f} | {megabytes:,.1f} "
-            f"| {self.seconds:.2f} | {megabytes / self.seconds:.1f} "
+            f"| {self.seconds:.2f} | {megabytes / self.seconds:.1f} | {scaling} "
             f"| {megabytes / self.cpu_seconds:.1f} | {self.tokens / self.seconds / 1e6:.2f} |"
         )
 
 
 HEADER = """\
-| form | workers | file MB | text MB | seconds | MB/s | MB per CPU second | M tokens/s |
-|---|---|---|---|---|---|---|---|"""
+| form | workers | file MB | text MB | seconds | MB/s | scaling | MB per CPU second | M tokens/s |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def measure(form: str, workers: int, content: bytes, model: str, folder: Path) -> Measurement:
@@ -124,14 +130,18 @@ def _texts(location: str, n_bytes: float) -> list[str]:
     files = [hash_file(*found) for found in find_files(location)]
     units = [unit for file in files for unit in plan_units(file, 2**40, "text")]
     texts: list[str] = []
-    for unit in itertools.cycle(units):
-        for document in read_unit(unit, "text"):
+    missing = n_bytes
+    while True:
+        before = missing
+        for document in chain.from_iterable(read_unit(unit, "text") for unit in units):
             size = len(document.text.encode())
-            if size >= n_bytes:
-                return [*texts, document.text.encode()[: int(n_bytes)].decode(errors="ignore")]
+            if size >= missing:
+                last = document.text.encode()[: int(missing)]
+                return [*texts, last.decode(errors="ignore")]
             texts.append(document.text)
-            n_bytes -= size
-    raise ValueError(f"text={location}: no documents")
+            missing -= size
+        if missing == before:
+            raise ValueError(f"text={location}: no document has any text; give another file")
 
 
 def _model(arguments: BenchmarkArguments, texts: list[str], folder: Path) -> str:
@@ -160,11 +170,15 @@ def print_table(arguments: BenchmarkArguments) -> None:
     """Measures and prints row by row.
 
     Raises:
-        ValueError: an unknown form, no text, or no numbers of workers.
+        ValueError: an unknown form or one that pyarrow cannot write, no text, or no numbers of
+            workers.
     """
     forms, workers = arguments.forms.split(","), numbers("workers", arguments.workers)
     if unknown := set(forms) - set(FORMS):
         raise ValueError(f"forms={', '.join(unknown)}: unknown; known: {', '.join(FORMS)}")
+    if "jsonl.zst" in forms and not pyarrow.Codec.is_available("zstd"):
+        others = ",".join(form for form in FORMS if form != "jsonl.zst")
+        raise ValueError(f"forms=jsonl.zst: this pyarrow is built without zstd; use forms={others}")
     folder = Path(tempfile.mkdtemp(dir=arguments.folder or None))
     try:
         texts = _texts(arguments.text, arguments.megabytes * 1e6)
@@ -178,8 +192,11 @@ def print_table(arguments: BenchmarkArguments) -> None:
         )
         for form in forms:
             content = FORMS[form](texts)
+            one = None
             for n_workers in workers:
-                print(measure(form, n_workers, content, model, folder / "run").row(), flush=True)
+                measured = measure(form, n_workers, content, model, folder / "run")
+                one = measured if n_workers == 1 else one
+                print(measured.row(one), flush=True)
     finally:
         shutil.rmtree(folder)
 

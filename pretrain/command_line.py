@@ -1,9 +1,10 @@
 """`key=value` words of a command line, as a dataclass; and what some of them name."""
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def parse(kind: type, words: list[str]) -> Any:
@@ -68,12 +69,14 @@ def parse_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """`auto`: the GPU when there is one.
 
     Raises:
         ValueError: torch does not know the device, or it is not there.
     """
+    import torch  # Here, because it is slow to import and most commands need no device.
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
