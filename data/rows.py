@@ -51,8 +51,7 @@ class Shelf:
         """
         order = np.argsort(self.token_base[shards] + begin)  # Ascending, they are found sooner.
         edges = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
-        places, documents = [], []
-        counts = np.empty_like(at)
+        places, documents, counts = [], [], np.empty_like(at)
         for i, j in pairwise(edges):
             here = order[i:j]
             shard = int(shards[here[0]])
@@ -62,9 +61,10 @@ class Shelf:
             counts[here] = np.bincount(pieces)
         # Back from the order of the search to that of the pieces.
         _, target = expand((np.cumsum(counts) - counts)[order], counts[order])
-        joined = np.empty((2, len(target)), np.int64)
-        joined[:, target] = np.concatenate(places), np.concatenate(documents)
-        return joined[0], joined[1]
+        sorted_places, sorted_documents = np.empty_like(target), np.empty_like(target)
+        sorted_places[target] = np.concatenate(places)
+        sorted_documents[target] = np.concatenate(documents)
+        return sorted_places, sorted_documents
 
 
 class Shape(NamedTuple):

@@ -3,7 +3,10 @@ import pytest
 from data.benchmark_loader import SHAPES, main
 
 
-def test_the_benchmark_prints_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_prints_its_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data.benchmark_loader.N_SHARDS", (1, 3))  # Every file is synced to disk.
     sizes = ["tokens=500000", "seconds=0.01", "documents=2000", "index=300000"]
     assert main([*sizes, "threads=1"]) == 0
     out = capsys.readouterr().out
