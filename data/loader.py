@@ -3,6 +3,11 @@
 Lane (or sample) g of a global batch of G belongs to rank g*W//G of W; within a rank, micro-batch m
 holds the m-th run of `micro_batch_size` lanes. Shapes: B rows, T seq_len, n grid edges.
 
+With sequence parallelism a group of S neighbouring ranks takes the place of a rank: they get the
+same rows, and of each the T/S targets that are theirs. Rank i of the group gets the T/S + 1 slots
+from i*T/S on, so that the last token of one is the first one of the next, as it is for segments;
+joined, they are the rows that one rank would get. Only these slots are read.
+
 Where documents are set apart a document begins with BOS and ends with EOS; in packed windows one
 BOS stands before the whole stream. Either way every token of every document, the first and EOS too,
 is a target exactly once per epoch, and no other token is ever a target.
@@ -74,8 +79,8 @@ def build_loader(
         micro_batch_size: rows of one forward on one rank.
         rank: of this process.
         world_size: processes.
-        sequence_parallel_size: neighbouring ranks that share each sample and get the same rows;
-            of the `world_size // sequence_parallel_size` groups each has its own.
+        sequence_parallel_size: S, neighbouring ranks that share the same rows, each its part of
+            them; of the `world_size // sequence_parallel_size` groups each has its own rows.
         seed: chooses the order.
         reset_grid: where documents are set apart, they start at multiples of it.
         boundary: of `BOUNDARIES[mode]`; "" takes the first.
@@ -112,6 +117,11 @@ def build_loader(
             f"seq_len={seq_len}: not a multiple of the model's reset grid {reset_grid}, on which "
             f"documents start; {_nearest(seq_len, reset_grid)}"
         )
+    elif seq_len % (part := max(grid, 1) * sequence_parallel_size):
+        problems.append(
+            f"seq_len={seq_len}: sequence_parallel_size={sequence_parallel_size} ranks cannot get "
+            f"equal parts in multiples of {max(grid, 1)}; {_nearest(seq_len, part)}"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     assert 0 <= rank < world_size
@@ -134,9 +144,10 @@ def build_loader(
         "seq_len": seq_len,
         "reset_grid": max(grid, 1),
     }
-    group, rows_per_group = rank // sequence_parallel_size, global_batch_size // groups
-    rows = range(group * rows_per_group, (group + 1) * rows_per_group)
-    return Loader(reader, rows, micro_batch_size, identity, prefetch_steps, threads)
+    group, place = divmod(rank, sequence_parallel_size)
+    rows = _part(global_batch_size, group, groups)
+    columns = _part(seq_len, place, sequence_parallel_size)
+    return Loader(reader, rows, columns, micro_batch_size, identity, prefetch_steps, threads)
 
 
 class Loader:
@@ -146,6 +157,7 @@ class Loader:
         self,
         reader: "_Reader",
         rows: range,
+        columns: range,
         micro_batch_size: int,
         identity: dict[str, Any],
         prefetch_steps: int,
@@ -153,14 +165,14 @@ class Loader:
     ) -> None:
         self._reader = reader
         self._rows = rows
+        self._columns = columns  # Of the targets of a row; their inputs begin one slot before.
         self._micro_batch_size = micro_batch_size
         self._identity = identity
         self._prefetch_steps = prefetch_steps
         self._threads = threads
-        self._seq_len = int(identity["seq_len"])
         # Only pinned memory is copied to the device while it computes; it is filled in place.
         self._pin_memory = torch.cuda.is_available()
-        fitting = LAYOUT_TOKENS // (len(rows) * self._seq_len)
+        fitting = LAYOUT_TOKENS // (len(rows) * len(columns))
         self._layout_steps = max(1, min(LAYOUT_STEPS, fitting))
         self._layouts: dict[int, Layout] = {}  # The last two: threads may work on both.
         self._lock = threading.Lock()  # Layouts and schedules grow as they are asked for.
@@ -178,13 +190,13 @@ class Loader:
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimizer step."""
-        n_rows, grid = len(self._rows), self._reader.grid
+        n_rows, n_columns, grid = len(self._rows), len(self._columns), self._reader.grid
         empty = partial(torch.empty, pin_memory=self._pin_memory)
         tensors = Batch(
-            empty(n_rows, self._seq_len + 1, dtype=torch.int64),
-            empty(n_rows, self._seq_len, dtype=torch.bool),
-            empty(n_rows, self._seq_len // grid, dtype=torch.bool) if grid else None,
-            empty(n_rows, self._seq_len + 1, dtype=torch.int64),
+            empty(n_rows, n_columns + 1, dtype=torch.int64),
+            empty(n_rows, n_columns, dtype=torch.bool),
+            empty(n_rows, n_columns // grid, dtype=torch.bool) if grid else None,
+            empty(n_rows, n_columns + 1, dtype=torch.int64),
         )
         number, place = divmod(step, self._layout_steps)
         self._layout(number).fill(
@@ -207,7 +219,7 @@ class Loader:
         """The position after `step` steps: the order's identity and a few integers, JSON-able."""
         with self._lock:
             epochs = self._reader.epochs(step)
-        consumed = step * self._identity["lanes"] * self._seq_len
+        consumed = step * self._identity["lanes"] * self._identity["seq_len"]
         return {
             **self._identity,
             "step": step,
@@ -229,18 +241,19 @@ class Loader:
         with self._lock:
             if number not in self._layouts:
                 first = number * self._layout_steps
-                layout = self._reader.layout(range(first, first + self._layout_steps), self._rows)
+                steps = range(first, first + self._layout_steps)
+                layout = self._reader.layout(steps, self._rows, self._columns)
                 newest = dict(itertools.islice(reversed(self._layouts.items()), 1))
                 self._layouts = {**newest, number: layout}
             return self._layouts[number]
 
 
 class _Reader(Protocol):
-    """Knows one order: what fills some rows of the global batch, and where each corpus stands."""
+    """Knows one order: what fills a part of the global batch, and where each corpus stands."""
 
     grid: int  # of resets; 0 for batches without
 
-    def layout(self, steps: range, rows: range) -> Layout: ...
+    def layout(self, steps: range, rows: range, columns: range) -> Layout: ...
 
     def epochs(self, step: int) -> list[int]: ...
 
@@ -256,13 +269,14 @@ class _PackedWindows:
         n_windows = [-(-corpus.n_tokens // seq_len) for corpus in mixture.corpora]
         self.order = WindowMixture(mixture, n_windows, seq_len, seed)
 
-    def layout(self, steps: range, rows: range) -> Layout:
+    def layout(self, steps: range, rows: range, columns: range) -> Layout:
         corpora, windows = self.order.windows(_samples(steps, rows, self.n_rows))
         base = self.shelf.first_token[corpora]
-        bos = windows == 0
-        begin = base + windows * self.seq_len - 1 + bos
-        end = np.minimum(base + (windows + 1) * self.seq_len, self.shelf.first_token[corpora + 1])
-        shape = Shape(len(steps), len(rows), self.seq_len)
+        target = base + windows * self.seq_len + columns.start
+        bos = target == base
+        end = np.minimum(target + len(columns), self.shelf.first_token[corpora + 1])
+        begin = np.minimum(target - 1 + bos, end)
+        shape = Shape(len(steps), len(rows), len(columns))
         return packed_layout(self.shelf, shape, begin, end, bos)
 
     def epochs(self, step: int) -> list[int]:
@@ -286,10 +300,11 @@ class _PaddedWindows:
         self.table = DocumentTable(joined, np.arange(len(joined)))
         self.order = WindowMixture(mixture, n_windows, seq_len, seed)
 
-    def layout(self, steps: range, rows: range) -> Layout:
+    def layout(self, steps: range, rows: range, columns: range) -> Layout:
         corpora, windows = self.order.windows(_samples(steps, rows, self.n_rows))
-        shape = Shape(len(steps), len(rows), self.seq_len, self.grid)
-        return document_layout(self.shelf, shape, self.table, corpora, windows * self.seq_len)
+        shape = Shape(len(steps), len(rows), len(columns), self.grid)
+        first = windows * self.seq_len + columns.start
+        return document_layout(self.shelf, shape, self.table, corpora, first)
 
     def epochs(self, step: int) -> list[int]:
         return self.order.epochs(step * self.n_rows)
@@ -313,15 +328,20 @@ class _Lanes:
         owners = lane_owners(mixture, n_rows, seq_len)
         self.order = LaneOrder(lengths, owners, document_grid, mixture.seeds(seed))
 
-    def layout(self, steps: range, rows: range) -> Layout:
+    def layout(self, steps: range, rows: range, columns: range) -> Layout:
         table = self.order.table(steps.stop * self.seq_len + 1)
         lanes = np.tile(np.arange(rows.start, rows.stop), len(steps))
         first = np.repeat(np.arange(steps.start, steps.stop) * self.seq_len, len(rows))
-        shape = Shape(len(steps), len(rows), self.seq_len, self.grid)
-        return document_layout(self.shelf, shape, table, lanes, first)
+        shape = Shape(len(steps), len(rows), len(columns), self.grid)
+        return document_layout(self.shelf, shape, table, lanes, first + columns.start)
 
     def epochs(self, step: int) -> list[int]:
         return self.order.epochs(step * self.seq_len)
+
+
+def _part(n: int, i: int, parts: int) -> range:
+    """The i-th of equal parts of range(n)."""
+    return range(i * n // parts, (i + 1) * n // parts)
 
 
 def _samples(steps: range, rows: range, n_rows: int) -> np.ndarray:

@@ -174,7 +174,7 @@ def document_layout(
     twice = np.flatnonzero(both & (rows[1:] % shape.n_rows > 0))
     pieces_at[twice, 1] += 1
     pieces_at[twice + 1, 0] += 1
-    # Only the last row of an epoch of windows can end in padding.
+    # Only rows of the last window of an epoch can end in padding.
     last = np.roll(first, -1)
     ends = np.flatnonzero(last & (columns[:, 2] < width))
     pieces = Pieces(

@@ -392,18 +392,60 @@ def test_runs_stopped_anywhere_and_continued_by_other_ranks_and_threads_join_to_
         saved = json.loads(json.dumps(ranks[-1].state(stop)))
 
 
-@pytest.mark.parametrize("mode", ["lanes", "windows"])
-def test_ranks_of_a_sequence_parallel_group_see_the_same_rows(corpus: Corpus, mode: str) -> None:
-    whole = joined(loader_of(corpus, mode).step(3))
-    sizes = {"world_size": 4, "sequence_parallel_size": 2, "micro_batch_size": G // 2}
-    ranks = [joined(loader_of(corpus, mode, rank=rank, **sizes).step(3)) for rank in range(4)]
-    assert_equal(ranks[0], ranks[1])
-    assert_equal(ranks[2], ranks[3])
-    assert_equal(joined([ranks[0], ranks[2]]), whole)
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("mode", "boundary"), CASES)
+def test_ranks_of_a_sequence_parallel_group_get_neighbouring_parts_of_the_same_rows(
+    mixture: Mixture, uninterrupted, mode: str, boundary: str, size: int
+) -> None:
+    expected = uninterrupted(mode, boundary, True)
+    groups = [
+        [
+            loader_of(
+                mixture,
+                mode,
+                boundary=boundary,
+                reset_grid=GRID,
+                rank=group * size + place,
+                world_size=2 * size,
+                sequence_parallel_size=size,
+                micro_batch_size=G // 4,
+            )
+            for place in range(size)
+        ]
+        for group in range(2)
+    ]
+    assert len({json.dumps(rank.state(7)) for group in groups for rank in group}) == 1
+    for step in MIXED_STEPS[mode]:
+        rows = []
+        for group in groups:
+            parts = [joined(rank.step(step)) for rank in group]
+            for part, following in pairwise(parts):
+                assert torch.equal(part.tokens[:, -1], following.tokens[:, 0])
+                assert torch.equal(part.doc_id[:, -1], following.doc_id[:, 0])
+            assert {part.tokens.shape for part in parts} == {(G // 2, T // size + 1)}
+            rows.append(side_by_side(parts))
+        assert_equal(joined(rows), expected[step - MIXED_STEPS[mode].start])
+
+
+def side_by_side(parts: list[Batch]) -> Batch:
+    """Rows of parts of them that overlap by one slot."""
+    last = parts[-1]
+    return Batch(
+        torch.cat([*(part.tokens[:, :-1] for part in parts), last.tokens[:, -1:]], 1),
+        torch.cat([part.loss_mask for part in parts], 1),
+        None if last.resets is None else torch.cat([part.resets for part in parts], 1),
+        torch.cat([*(part.doc_id[:, :-1] for part in parts), last.doc_id[:, -1:]], 1),
+    )
+
+
+def test_a_sequence_parallel_size_that_does_not_fit_is_refused(corpus: Corpus) -> None:
     with pytest.raises(
         ValueError, match="world_size=4: not a multiple of sequence_parallel_size=3"
     ):
-        loader_of(corpus, mode, world_size=4, sequence_parallel_size=3)
+        loader_of(corpus, "lanes", world_size=4, sequence_parallel_size=3)
+    with pytest.raises(ValueError, match="seq_len=64: sequence_parallel_size=3 ranks") as caught:
+        loader_of(corpus, "lanes", world_size=3, sequence_parallel_size=3)
+    assert str(caught.value).endswith("equal parts in multiples of 16; nearest: 48 or 96")
 
 
 @pytest.mark.parametrize(("mode", "boundary"), CASES)
