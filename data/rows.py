@@ -164,19 +164,19 @@ def document_layout(
     at = corner[:, None] + columns
     begin = token - shelf.token_base[shard] + columns[:, 1] - (bos + 1)
     # What is between the tokens of two documents, or at the start of a row, is one piece.
-    first = np.diff(rows, prepend=-1) != 0
-    between = np.where(first, corner, np.roll(at[:, 2], 1))
+    opens_row = np.diff(rows, prepend=-1) != 0
+    between = np.where(opens_row, corner, np.roll(at[:, 2], 1))
     pieces_at = np.stack([between, at[:, 1]], 1)
     source = np.stack([np.full_like(shard, FILL), shard], 1).reshape(-1)
     begin = np.stack([width + 1 - (at[:, 1] - between), begin], 1).reshape(-1)
     # A BOS that ends a row and one that begins the next row of the step are one piece, too.
-    both = first[1:] & (columns[:-1, 1] == width) & (columns[1:, 1] == 1)
+    both = opens_row[1:] & (columns[:-1, 1] == width) & (columns[1:, 1] == 1)
     twice = np.flatnonzero(both & (rows[1:] % shape.n_rows > 0))
     pieces_at[twice, 1] += 1
     pieces_at[twice + 1, 0] += 1
     # Only rows of the last window of an epoch can end in padding.
-    last = np.roll(first, -1)
-    ends = np.flatnonzero(last & (columns[:, 2] < width))
+    closes_row = np.roll(opens_row, -1)
+    ends = np.flatnonzero(closes_row & (columns[:, 2] < width))
     pieces = Pieces(
         np.insert(pieces_at.reshape(-1), 2 * ends + 2, at[ends, 2]),
         np.insert(source, 2 * ends + 2, FILL),
