@@ -34,6 +34,28 @@ import numpy as np
 _GOLDEN = 0.6180339887498949
 
 
+def parse_contexts(text: str) -> tuple[int, ...]:
+    """`64..8192` doubles from 64 to 8192; `64,512,8192` is a list.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    try:
+        if ".." in text:
+            first, last = (int(part) for part in text.split(".."))
+            if not 1 <= first <= last:
+                raise ValueError
+            contexts = [first]
+            while contexts[-1] * 2 <= last:
+                contexts.append(contexts[-1] * 2)
+            return tuple(contexts)
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"contexts={text} is neither FIRST..LAST nor a list; use 64..8192 or 64,512,8192"
+        ) from None
+
+
 class WorkItem(NamedTuple):
     """One forward of one lane.
 

@@ -17,51 +17,27 @@ written.
 
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.loader import start_id
 from data.shards import Corpus
-from evals import baseline, compare, curves, perplexity, report, streaming
+from evals import baseline, compare, curves, perplexity_suite, report, streaming
 from evals.compare import EvalRun
 from evals.documents import from_corpus
 from evals.gates import GateFailure
-from evals.models import LanguageModelScorer
-from pretrain.command_line import choose_device, parse
+from evals.perplexity_suite import PerplexityArguments
+from evals.protocols import parse_contexts
+from evals.subject import SubjectArguments
+from pretrain.command_line import parse
 from pretrain.config import CONFIG_DIR, load_config
 from pretrain.models import LanguageModel
-from pretrain.training.environment import git_commit
-from pretrain.training.load import load_model
 from pretrain.training.manifest import CheckpointError
 
 GROWS, BAD_INPUT, GATE_FAILED = 1, 2, 3
-
-
-@dataclass
-class EvaluateArguments:
-    """Everything `evaluate.py run=...` understands; lengths in tokens."""
-
-    run: str = ""
-    suite: str = "perplexity"
-    contexts: str = ""
-    protocols: str = ",".join(perplexity.DEFAULT_PROTOCOLS)  # also: sliding, truncate
-    limit: int | None = None  # documents
-    name: str = ""  # of the result folder; default: the suite
-    tag: str = "latest"  # checkpoint
-    data: str = ""  # corpus folder; default: the one the run was trained on
-    split: str = ""  # default: the run's validation split
-    device: str = "auto"
-    precision: str = "fp32"
-    span_tokens: int | None = None
-    spans_per_document: int = 4
-    stream_tokens: int | None = None
-    segment_tokens: int = 2048
-    window_tokens: int | None = None
-    stride_tokens: int | None = None  # of sliding
-    batch_tokens: int = 16_384
 
 
 @dataclass
@@ -96,11 +72,24 @@ class StreamingArguments:
     training_rounds: int = 3
 
 
+class Suite(NamedTuple):
+    """A suite of `run=`: the words it understands, and what it does with them and the command."""
+
+    arguments: type[SubjectArguments]
+    evaluate: Callable[[Any, str], None]
+
+
+SUITES: dict[str, Suite] = {
+    "perplexity": Suite(PerplexityArguments, perplexity_suite.evaluate),
+}
+
+
 def main(argv: list[str]) -> int:
     """Runs a command line; the exit code."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
+    command = shlex.join(["launch/evaluate.py", *argv])
     try:
         if argv[0] in ("report", "curves"):
             positional = [word for word in argv[1:] if "=" not in word]
@@ -109,9 +98,8 @@ def main(argv: list[str]) -> int:
                 return compare_curves(positional, parse(CurvesArguments, options))
             return report_runs(positional, parse(ReportArguments, options))
         if argv[0] == "streaming":
-            command = shlex.join(["launch/evaluate.py", *argv])
             return measure_streaming(parse(StreamingArguments, argv[1:]), command)
-        return evaluate(parse(EvaluateArguments, argv), shlex.join(["launch/evaluate.py", *argv]))
+        return evaluate(argv, command)
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -120,69 +108,37 @@ def main(argv: list[str]) -> int:
         return GATE_FAILED
 
 
-def evaluate(arguments: EvaluateArguments, command: str) -> int:
-    """Scores one run and writes its folder."""
-    if not arguments.run:
-        raise ValueError("run= is missing; use run=runs/NAME contexts=64..8192")
-    if arguments.suite != "perplexity":
-        raise ValueError(f"suite={arguments.suite} is not known; use suite=perplexity")
-    run_dir = Path(arguments.run)
-    if not run_dir.is_dir():
-        raise ValueError(f"run={run_dir}: no such folder; use a run directory such as runs/NAME")
-    device = choose_device(arguments.device)
-    model, config, checkpoint = load_model(run_dir, arguments.tag)
-    train_length = config.train.seq_len
-    contexts = parse_contexts(arguments.contexts or f"64..{16 * train_length}")
-    corpus = Corpus.open(
-        arguments.data or config.data.path, arguments.split or config.data.val_split
-    )
-    if corpus.tokenizer.sha256 != checkpoint["tokenizer"]:
+def evaluate(words: list[str], command: str) -> int:
+    """Runs the suite that the words name, or all of them one after the other."""
+    chosen = dict(word.split("=", 1) for word in words if "=" in word).get("suite", "perplexity")
+    if chosen == "lra":
         raise ValueError(
-            f"data={corpus.path}: its tokenizer ({corpus.tokenizer.sha256[:12]}) is not the one "
-            f"that {run_dir} was trained with ({checkpoint['tokenizer'][:12]}); prepare this text "
-            f"with tokenizer={config.data.path}/tokenizer.model"
+            "suite=lra trains encoders from scratch and evaluates no run; use "
+            "python -m evals.lra task=listops out=runs/lra/listops"
         )
-    documents = from_corpus(
-        corpus, arguments.limit, start_id(config.data.mode, config.data.boundary)
-    )
-    out_dir = run_dir / "eval" / (arguments.name or arguments.suite)
-    result = perplexity.run(
-        LanguageModelScorer(model, device, arguments.precision),
-        documents,
-        perplexity.PerplexityOptions(
-            contexts=contexts,
-            protocols=tuple(filter(None, arguments.protocols.split(","))),
-            span_tokens=arguments.span_tokens,
-            spans_per_document=arguments.spans_per_document,
-            stream_tokens=arguments.stream_tokens,
-            segment_tokens=arguments.segment_tokens,
-            window_tokens=arguments.window_tokens,
-            stride_tokens=arguments.stride_tokens,
-            batch_tokens=arguments.batch_tokens,
-        ),
-        out_dir,
-        name=config.name,
-        train_length=train_length,
-        provenance={
-            "command": command,
-            "commit": git_commit(),
-            "path": str(run_dir),
-            "checkpoint": Path(checkpoint["path"]).name,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "trained_steps": checkpoint["step"],
-            "trained_tokens": checkpoint["tokens"],
-            "seed": config.seed,
-            "layers": " ".join(config.model.layer_names()),
-            "training_path": config.data.path,
-            "training_split": config.data.train_split,
-            "training_mode": config.data.mode,
-            "training_boundary": config.data.boundary,
-            "carried_state": config.train.carry_state,
-        },
-    )
-    print_table(result)
-    print(report.write([compare.load(out_dir)], out_dir))
+    if chosen != "all" and chosen not in SUITES:
+        raise ValueError(f"suite={chosen} is not known; use one of {', '.join(SUITES)}, all")
+    if chosen == "all" and any(word.startswith("name=") for word in words):
+        raise ValueError("name= names one suite's folder; leave it out of suite=all")
+    suites = SUITES if chosen == "all" else {chosen: SUITES[chosen]}
+    for suite, arguments in zip(suites.values(), parse_for(suites, words), strict=True):
+        suite.evaluate(arguments, command)
     return 0
+
+
+def parse_for(suites: dict[str, Suite], words: list[str]) -> list[Any]:
+    """Each suite's arguments: of several suites, each gets the words that it understands.
+
+    Raises:
+        ValueError: no suite understands a word, or its value has the wrong type.
+    """
+    known = {name: {f.name for f in fields(suite.arguments)} for name, suite in suites.items()}
+    everything = set().union(*known.values())
+    stray = [word for word in words if word.partition("=")[0] not in everything]
+    return [
+        parse(suite.arguments, [w for w in words if w.partition("=")[0] in known[name]] + stray)
+        for name, suite in suites.items()
+    ]
 
 
 def report_runs(paths: list[str], arguments: ReportArguments) -> int:
@@ -254,40 +210,6 @@ def evaluate_ngram(run: EvalRun, out_dir: Path) -> EvalRun:
         run,
         out_dir / "ngram",
     )
-
-
-def parse_contexts(text: str) -> tuple[int, ...]:
-    """`64..8192` doubles from 64 to 8192; `64,512,8192` is a list.
-
-    Raises:
-        ValueError: neither of the two.
-    """
-    try:
-        if ".." in text:
-            first, last = (int(part) for part in text.split(".."))
-            if not 1 <= first <= last:
-                raise ValueError
-            contexts = [first]
-            while contexts[-1] * 2 <= last:
-                contexts.append(contexts[-1] * 2)
-            return tuple(contexts)
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(
-            f"contexts={text} is neither FIRST..LAST nor a list; use 64..8192 or 64,512,8192"
-        ) from None
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Bits per byte of every pass, one line each."""
-    for metric in result["metrics"]:
-        if metric["name"] == "bpb":
-            interval = "[{:.4f}, {:.4f}]".format(*metric["ci95"]) if metric["ci95"] else ""
-            context = metric["context"] or ""
-            print(
-                f"{metric['protocol']:>18} {context:>8}  {metric['value']:.4f} bpb {interval}"
-                f"  {metric['n_docs']} documents, {metric['n_tokens']:,} tokens"
-            )
 
 
 if __name__ == "__main__":

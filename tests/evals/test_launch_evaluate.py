@@ -8,6 +8,8 @@ import torch
 from data.prepare import PrepareConfig, prepare
 from data.shards import Corpus
 from data.tokenizer import BOS_ID, EOS_ID
+from evals import subject
+from evals.protocols import parse_contexts
 from launch import evaluate
 from pretrain.config import RunConfig
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
@@ -57,7 +59,7 @@ def run(tmp_path, corpus, monkeypatch):
         }
         return LanguageModel(config.model), config, info
 
-    monkeypatch.setattr(evaluate, "load_model", load_model)
+    monkeypatch.setattr(subject, "load_model", load_model)
     config.run_dir.mkdir()
     return config.run_dir
 
@@ -110,7 +112,9 @@ def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
         (["RUN", "contexts=64..65536"], "contexts=65536 leaves no target"),
         (["RUN", "limit=few"], "limit=few: must be a whole number"),
         (["RUN", "limit=0"], "limit=0 leaves no document"),
-        (["RUN", "suite=lra"], "suite=lra is not known"),
+        (["RUN", "suite=glue"], "suite=glue is not known; use one of perplexity"),
+        (["RUN", "suite=lra"], "use python -m evals.lra"),
+        (["RUN", "suite=all", "context=64"], "context=64: not known"),
         (["RUN", "protocols=fixed,slide"], "protocols=fixed,slide"),
         (["RUN", "device=abacus"], "device=abacus cannot be used"),
         (["RUN", "tag=step_9"], "step_9: is not there"),
@@ -133,27 +137,27 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(run, words, message, capsy
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(run, monkeypatch, capsys):
-    load_model = evaluate.load_model
+    load_model = subject.load_model
 
     def trained_with_another(run_dir, tag):
         model, config, info = load_model(run_dir, tag)
         return model, config, {**info, "tokenizer": "0" * 64}
 
-    monkeypatch.setattr(evaluate, "load_model", trained_with_another)
+    monkeypatch.setattr(subject, "load_model", trained_with_another)
     assert evaluate.main([f"run={run}", "contexts=16,64"]) == 2
     assert "was trained with (000000000000)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("mode", "start_id"), [("lanes", BOS_ID), ("windows", EOS_ID)])
 def test_documents_begin_behind_what_preceded_them_in_training(run, monkeypatch, mode, start_id):
-    load_model = evaluate.load_model
+    load_model = subject.load_model
 
     def trained_in(run_dir, tag):
         model, config, info = load_model(run_dir, tag)
         config.data.mode = mode
         return model, config, info
 
-    monkeypatch.setattr(evaluate, "load_model", trained_in)
+    monkeypatch.setattr(subject, "load_model", trained_in)
     assert evaluate.main([f"run={run}", "contexts=16", "protocols=stream"]) == 0
     result = json.loads((run / "eval" / "perplexity" / "result.json").read_text())
     assert result["model"]["start_id"] == start_id
@@ -161,13 +165,13 @@ def test_documents_begin_behind_what_preceded_them_in_training(run, monkeypatch,
 
 def test_failed_gate_exits_with_3_and_leaves_no_report(run, monkeypatch, capsys):
     assert evaluate.main([f"run={run}", "contexts=16,64", "protocols=fixed"]) == 0
-    original = evaluate.LanguageModelScorer.nll
+    original = subject.LanguageModelScorer.nll
 
     def leaks(self, tokens, state=None, *, score_from=0):
         nll, after = original(self, tokens, state, score_from=score_from)
         return nll + tokens[:, -1:].float(), after
 
-    monkeypatch.setattr(evaluate.LanguageModelScorer, "nll", leaks)
+    monkeypatch.setattr(subject.LanguageModelScorer, "nll", leaks)
     assert evaluate.main([f"run={run}", "contexts=16,64", "protocols=fixed"]) == 3
     assert "gate future_perturbation failed" in capsys.readouterr().err
     assert not (run / "eval" / "perplexity" / "result.json").exists()
@@ -175,6 +179,6 @@ def test_failed_gate_exits_with_3_and_leaves_no_report(run, monkeypatch, capsys)
 
 
 def test_context_ranges_double():
-    assert evaluate.parse_contexts("64..8192") == tuple(64 * 2**k for k in range(8))
-    assert evaluate.parse_contexts("64..100") == (64,)
-    assert evaluate.parse_contexts("48,512") == (48, 512)
+    assert parse_contexts("64..8192") == tuple(64 * 2**k for k in range(8))
+    assert parse_contexts("64..100") == (64,)
+    assert parse_contexts("48,512") == (48, 512)

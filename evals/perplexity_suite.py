@@ -1,0 +1,63 @@
+"""`suite=perplexity` of launch/evaluate.py: from words of a command line to a folder of results."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from evals import compare, perplexity, report
+from evals.protocols import parse_contexts
+from evals.subject import SubjectArguments, open_subject
+
+
+@dataclass
+class PerplexityArguments(SubjectArguments):
+    """What `suite=perplexity` understands; see `PerplexityOptions`, lengths in tokens."""
+
+    contexts: str = ""
+    protocols: str = ",".join(perplexity.DEFAULT_PROTOCOLS)  # also: sliding, truncate
+    span_tokens: int | None = None
+    spans_per_document: int = 4
+    stream_tokens: int | None = None
+    segment_tokens: int = 2048
+    window_tokens: int | None = None
+    stride_tokens: int | None = None  # of sliding
+    batch_tokens: int = 16_384
+
+
+def evaluate(arguments: PerplexityArguments, command: str) -> None:
+    """Scores a model, writes its folder and prints the path of its page last."""
+    subject = open_subject(arguments)
+    train_length = subject.train_length
+    out_dir = subject.results / (arguments.name or "perplexity")
+    result = perplexity.run(
+        subject.model,
+        subject.documents,
+        perplexity.PerplexityOptions(
+            contexts=parse_contexts(arguments.contexts or f"64..{16 * train_length}"),
+            protocols=tuple(filter(None, arguments.protocols.split(","))),
+            span_tokens=arguments.span_tokens,
+            spans_per_document=arguments.spans_per_document,
+            stream_tokens=arguments.stream_tokens,
+            segment_tokens=arguments.segment_tokens,
+            window_tokens=arguments.window_tokens,
+            stride_tokens=arguments.stride_tokens,
+            batch_tokens=arguments.batch_tokens,
+        ),
+        out_dir,
+        name=subject.name,
+        train_length=train_length,
+        provenance={"command": command, **subject.provenance},
+    )
+    print_table(result)
+    print(report.write([compare.load(out_dir)], out_dir))
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Bits per byte of every pass, one line each."""
+    for metric in result["metrics"]:
+        if metric["name"] == "bpb":
+            interval = "[{:.4f}, {:.4f}]".format(*metric["ci95"]) if metric["ci95"] else ""
+            context = metric["context"] or ""
+            print(
+                f"{metric['protocol']:>18} {context:>8}  {metric['value']:.4f} bpb {interval}"
+                f"  {metric['n_docs']} documents, {metric['n_tokens']:,} tokens"
+            )

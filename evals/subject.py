@@ -1,0 +1,103 @@
+"""What a suite evaluates: a trained model, the documents it is tried on, and where results go."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.loader import start_id
+from data.shards import Corpus
+from data.tokenizer import Tokenizer
+from evals.documents import EvalDocuments, from_corpus
+from evals.models import LanguageModelScorer
+from evals.score import ScoredModel
+from pretrain.command_line import choose_device
+from pretrain.training.environment import git_commit
+from pretrain.training.load import load_model
+
+
+@dataclass
+class SubjectArguments:
+    """The words that every suite understands; a suite's own arguments extend them."""
+
+    run: str = ""
+    suite: str = "perplexity"
+    limit: int | None = None  # documents
+    name: str = ""  # of the result folder; default: the suite
+    tag: str = "latest"  # checkpoint
+    data: str = ""  # corpus folder; default: the one the run was trained on
+    split: str = ""  # default: the run's validation split
+    device: str = "auto"
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An opened model with its documents.
+
+    Attributes:
+        name: of the run, for tables and plots.
+        model: ready to score.
+        documents: of the evaluated split, behind what stood there in training.
+        tokenizer: theirs and the model's.
+        train_length: tokens of a training segment.
+        results: folder whose subfolders are the suites' results.
+        provenance: facts about the model for result.json.
+    """
+
+    name: str
+    model: ScoredModel
+    documents: EvalDocuments
+    tokenizer: Tokenizer
+    train_length: int
+    results: Path
+    provenance: dict[str, Any]
+
+
+def open_subject(arguments: SubjectArguments) -> Subject:
+    """Loads what the arguments name.
+
+    Raises:
+        ValueError: a word is missing or wrong, or the data does not fit the model.
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    if not arguments.run:
+        raise ValueError("run= is missing; use run=runs/NAME contexts=64..8192")
+    run_dir = Path(arguments.run)
+    if not run_dir.is_dir():
+        raise ValueError(f"run={run_dir}: no such folder; use a run directory such as runs/NAME")
+    device = choose_device(arguments.device)
+    model, config, checkpoint = load_model(run_dir, arguments.tag)
+    corpus = Corpus.open(
+        arguments.data or config.data.path, arguments.split or config.data.val_split
+    )
+    if corpus.tokenizer.sha256 != checkpoint["tokenizer"]:
+        raise ValueError(
+            f"data={corpus.path}: its tokenizer ({corpus.tokenizer.sha256[:12]}) is not the one "
+            f"that {run_dir} was trained with ({checkpoint['tokenizer'][:12]}); prepare this text "
+            f"with tokenizer={config.data.path}/tokenizer.model"
+        )
+    return Subject(
+        name=config.name,
+        model=LanguageModelScorer(model, device, arguments.precision),
+        documents=from_corpus(
+            corpus, arguments.limit, start_id(config.data.mode, config.data.boundary)
+        ),
+        tokenizer=corpus.tokenizer,
+        train_length=config.train.seq_len,
+        results=run_dir / "eval",
+        provenance={
+            "commit": git_commit(),
+            "path": str(run_dir),
+            "checkpoint": Path(checkpoint["path"]).name,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_steps": checkpoint["step"],
+            "trained_tokens": checkpoint["tokens"],
+            "seed": config.seed,
+            "layers": " ".join(config.model.layer_names()),
+            "training_path": config.data.path,
+            "training_split": config.data.train_split,
+            "training_mode": config.data.mode,
+            "training_boundary": config.data.boundary,
+            "carried_state": config.train.carry_state,
+        },
+    )
