@@ -16,6 +16,7 @@ import numpy as np
 
 from data.shards import Corpus
 from data.tokenizer import BOS_ID
+from evals.stats import per_document
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ class EvalDocuments:
         """
         text = self.text(doc).decode(errors="replace")
         return 1 + sum(1 for _ in re.finditer(r"\s+", text))
+
+    def words_if_whole(self, doc: np.ndarray, n_bytes: np.ndarray) -> list[int] | None:
+        """Words per document where scored tokens stand for every byte of it; None otherwise.
+
+        Args:
+            doc: (n,) documents of scored tokens.
+            n_bytes: (n,) their text bytes.
+        """
+        n_docs = len(self.tokens)
+        if per_document(doc, n_bytes, n_docs).tolist() != list(self.raw_bytes):
+            return None
+        return [self.words(k) for k in range(n_docs)]
 
     def text_sha256(self) -> str:
         """Identity of the text whatever the tokenizer, for bits-per-byte comparisons."""

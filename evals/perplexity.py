@@ -1,13 +1,14 @@
 """The perplexity suite: score passes, check the gates, derive every metric from the token store.
 
     OUT/tokens/PASS.npz   per-token losses, the only thing a model was needed for
-    OUT/result.json       identity of model, data and protocols; gates; metrics; cost
+    OUT/facts.json        identity of model, data and protocols; gates; cost
+    OUT/result.json       the same and the metrics
     OUT/curve.csv         the metrics as a table
     OUT/curve.png         bits per byte and gain over context
 
-A finished pass is kept: a second run with the same weights, data and protocol rescores nothing.
-`result.json` of an interrupted and resumed run differs from an uninterrupted one in `created`,
-`command` and `cost` only.
+What is scored is kept: a second run with the same weights, data and protocol rescores nothing. On
+one machine with one number of threads, `result.json` of an interrupted and resumed run, of one
+process or several, differs in `created`, `command` and `cost` only (evals/passes.py says why).
 
 Metrics, with S the summed loss over a set of tokens and a 95 % interval by document for each:
 
@@ -37,14 +38,17 @@ import torch
 
 from evals import gates, plots, protocols, stats
 from evals.documents import EvalDocuments
+from evals.passes import score_passes
+from evals.processes import Processes
 from evals.protocols import Pass
-from evals.score import ScoredModel, score
-from evals.store import TokenTable, pass_identity, write_bytes
+from evals.score import ScoredModel, model_identity
+from evals.store import TokenTable, write_bytes
 
 SCHEMA = "longspan.eval.perplexity/2"
 DEFAULT_PROTOCOLS = ("fixed", "position", "stream", "nonoverlap")
 PROTOCOLS = (*DEFAULT_PROTOCOLS, "sliding", "truncate")
-OUTPUTS = ("result.json", "curve.csv", "curve.png", "report.html", "report.md", "report.png")
+FACTS = "facts.json"
+OUTPUTS = (FACTS, "result.json", "curve.csv", "curve.png", "report.html", "report.md", "report.png")
 """What a failed evaluation must not leave standing from an earlier one."""
 
 Metric = dict[str, Any]
@@ -65,7 +69,6 @@ class PerplexityOptions:
         segment_tokens: of `stream`: how much runs at once before the state is handed on.
         window_tokens: L of `nonoverlap`; None: the training length.
         stride_tokens: S of `sliding`; None: 256, at most half of the smallest context.
-        batch_tokens: inputs per forward.
     """
 
     contexts: tuple[int, ...]
@@ -76,7 +79,6 @@ class PerplexityOptions:
     segment_tokens: int = 2048
     window_tokens: int | None = None
     stride_tokens: int | None = None
-    batch_tokens: int = 16_384
 
     def problems(self) -> list[str]:
         """One line per bad value; empty when all is well."""
@@ -95,7 +97,6 @@ class PerplexityOptions:
             "segment_tokens",
             "window_tokens",
             "stride_tokens",
-            "batch_tokens",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -139,6 +140,7 @@ def run(
     name: str,
     train_length: int,
     provenance: dict[str, Any] | None = None,
+    processes: Processes | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Runs the suite and writes its files.
@@ -151,60 +153,114 @@ def run(
         name: the run's name in tables and plots.
         train_length: tokens of a training segment, marked in every plot.
         provenance: further facts for `model` in result.json, and `command`.
-        progress: show bars.
+        processes: that share the work; None: this one alone.
+        progress: show a bar.
 
     Returns:
-        The content of result.json.
+        The content of result.json, in every process.
 
     Raises:
         ValueError: an option is wrong, or no document is long enough.
         GateFailure: a gate did not hold; earlier results in `out_dir` are gone by then.
+        ProcessLost: another process died or hangs.
     """
     problems = options.problems()
     if problems:
         raise ValueError("; ".join(problems))
     passes = plan(documents.lengths, options, train_length)
-    for stale in OUTPUTS:
-        (out_dir / stale).unlink(missing_ok=True)
+    processes = (processes or Processes()).scope(str(out_dir))
+    if processes.is_main:
+        for stale in OUTPUTS:
+            (out_dir / stale).unlink(missing_ok=True)
 
     before = model.fingerprint()
-    gate_results = gates.check_model(model, documents, max(2048, 4 * train_length))
-    gates.require(gate_results)
+    checked = gates.check_model(model, documents, max(2048, 4 * train_length))
+    gates.require(checked)
+    tables = score_passes(
+        model,
+        documents,
+        passes,
+        out_dir / "tokens",
+        model_id=model_identity(before, model.precision),
+        processes=processes,
+        progress=progress,
+    )
+    unchanged = gates.check_unchanged(before, model.fingerprint())
+    gates.require([unchanged])
 
-    tables: dict[str, TokenTable] = {}
-    for scoring in passes:
-        path = out_dir / "tokens" / f"{scoring.name}.npz"
-        identity = pass_identity(scoring, f"{before}:{model.precision}", documents.identity)
-        table = TokenTable.load_if_same(path, identity)
-        if table is None:
-            table = score(
-                model,
-                documents,
-                scoring,
-                batch_tokens=options.batch_tokens,
-                progress=progress,
-                identity=identity,
+    def write() -> dict[str, Any]:
+        coverage = [gates.check_coverage(scoring, tables[scoring.name]) for scoring in passes]
+        gates.require(coverage)
+        facts = {
+            "schema": SCHEMA,
+            "suite": "perplexity",
+            "name": name,
+            **_facts(model, documents, train_length, provenance or {}),
+            "protocols": [_protocol_record(scoring, tables[scoring.name]) for scoring in passes],
+            "gates": [gate.as_dict() for gate in (*checked, *coverage, unchanged)],
+            "cost": [
+                {"pass": key, "context": table.meta["context"], **table.meta["cost"]}
+                for key, table in tables.items()
+            ],
+        }
+        facts["model"]["weights_sha256"] = before
+        write_bytes(out_dir / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
+        return rebuild(out_dir)
+
+    result: dict[str, Any] = processes.from_main("result", write)
+    processes.leave()
+    return result
+
+
+def rebuild(out_dir: Path) -> dict[str, Any]:
+    """Writes all files of an evaluation but its page anew, from its token store and facts.json.
+
+    Returns:
+        The content of result.json: the facts as they are, and the metrics derived again.
+
+    Raises:
+        ValueError: nothing was evaluated there, a pass is missing, or it is not the one that the
+            facts are about.
+    """
+    try:
+        facts = json.loads((out_dir / FACTS).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{out_dir / FACTS}: cannot be read ({error}); evaluate again, what is scored is kept"
+        ) from error
+    if facts["schema"] != SCHEMA:
+        raise ValueError(
+            f"{out_dir / FACTS}: schema={facts['schema']}, this code reads {SCHEMA}; evaluate again"
+        )
+    tables = []
+    for record in facts["protocols"]:
+        path = out_dir / "tokens" / f"{record['pass']}.npz"
+        tables.append(TokenTable.load(path))
+        if tables[-1].meta["identity"] != record["identity"]:
+            raise ValueError(
+                f"{path}: is not the pass that {FACTS} is about; evaluate again, what is scored is "
+                "kept"
             )
-            coverage = gates.check_coverage(scoring, table)
-            gates.require([coverage])
-            table.save(path)
-        else:
-            coverage = gates.check_coverage(scoring, table)
-        gate_results.append(coverage)
-        tables[scoring.name] = table
-    gate_results.append(gates.check_unchanged(before, model.fingerprint()))
-    gates.require(gate_results)
+    result = {**facts, "metrics": derive(tables, facts["model"]["train_length"])}
+    write_bytes(out_dir / "curve.csv", curve_csv(result["metrics"]).encode())
+    write_bytes(out_dir / "curve.png", plots.to_png(plots.curve_figure([result])))
+    write_bytes(out_dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
 
-    provenance = dict(provenance or {})
-    result = {
-        "schema": SCHEMA,
-        "suite": "perplexity",
-        "name": name,
+
+def _facts(
+    model: ScoredModel,
+    documents: EvalDocuments,
+    train_length: int,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """What was evaluated, on what, where and when."""
+    about_model = dict(provenance)
+    return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": provenance.pop("command", ""),
+        "command": about_model.pop("command", ""),
         "model": {
-            **provenance,
-            "weights_sha256": before,
+            **about_model,
             "precision": model.precision,
             "vocab_size": model.vocab_size,
             "reset_grid": model.reset_grid,
@@ -224,23 +280,12 @@ def run(
             "n_tokens": sum(documents.lengths),
             "n_bytes": sum(documents.raw_bytes),
         },
-        "protocols": [_protocol_record(scoring, tables[scoring.name]) for scoring in passes],
         "policy": {
             "start": "each document behind what preceded documents in the model's training",
             "documents": "isolated",
         },
         "env": environment(model.device),
-        "gates": [gate.as_dict() for gate in gate_results],
-        "metrics": derive(list(tables.values()), train_length),
-        "cost": [
-            {"pass": key, "context": table.meta["context"], **table.meta["cost"]}
-            for key, table in tables.items()
-        ],
     }
-    write_bytes(out_dir / "curve.csv", curve_csv(result["metrics"]).encode())
-    write_bytes(out_dir / "curve.png", plots.to_png(plots.curve_figure([result])))
-    write_bytes(out_dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result
 
 
 def derive(tables: Sequence[TokenTable], train_length: int) -> list[Metric]:
@@ -375,6 +420,7 @@ def _protocol_record(scoring: Pass, table: TokenTable) -> dict[str, Any]:
         "id": scoring.protocol,
         "context": scoring.context,
         "settings": scoring.settings,
+        "identity": table.meta["identity"],
         "n_docs": len(np.unique(table.doc)),
         "n_tokens": len(table.nll),
         "context_seen": [int(table.context.min()), int(table.context.max())],

@@ -1,6 +1,7 @@
 """`suite=perplexity` of launch/evaluate.py: from words of a command line to a folder of results."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evals import compare, perplexity, report
@@ -20,11 +21,10 @@ class PerplexityArguments(SubjectArguments):
     segment_tokens: int = 2048
     window_tokens: int | None = None
     stride_tokens: int | None = None  # of sliding
-    batch_tokens: int = 16_384
 
 
 def evaluate(arguments: PerplexityArguments, command: str) -> None:
-    """Scores a model, writes its folder and prints the path of its page last."""
+    """Scores a model and writes its folder, in every process of the launch."""
     subject = open_subject(arguments)
     train_length = subject.train_length
     out_dir = subject.results / (arguments.name or "perplexity")
@@ -40,13 +40,24 @@ def evaluate(arguments: PerplexityArguments, command: str) -> None:
             segment_tokens=arguments.segment_tokens,
             window_tokens=arguments.window_tokens,
             stride_tokens=arguments.stride_tokens,
-            batch_tokens=arguments.batch_tokens,
         ),
         out_dir,
         name=subject.name,
         train_length=train_length,
         provenance={"command": command, **subject.provenance},
+        processes=subject.processes,
     )
+    if subject.processes.is_main:
+        show(result, out_dir)
+
+
+def rebuild(out_dir: Path) -> None:
+    """Derives everything in a folder anew from its token store, and prints the same."""
+    show(perplexity.rebuild(out_dir), out_dir)
+
+
+def show(result: dict[str, Any], out_dir: Path) -> None:
+    """Prints the table, writes the page and prints its path last."""
     print_table(result)
     print(report.write([compare.load(out_dir)], out_dir))
 

@@ -2,7 +2,8 @@
 
 Shapes: B lanes of a batch, L inputs of a lane.
 
-A model is whatever offers `ScoredModel`; `evals.models` adapts ours. Batches hold items of one
+A model is whatever offers `ScoredModel`; `evals.models` adapts ours. `evals.passes` calls this for
+suites, over several processes and again after an interruption. Batches hold items of one
 shape, so nothing is ever padded. Documents whose state is carried walk side by side as lanes of one
 batch and drop out where they end.
 """
@@ -11,19 +12,20 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evals.documents import EvalDocuments
 from evals.protocols import Pass, WorkItem
-from evals.stats import per_document
 from evals.store import TokenTable, pass_identity
 from pretrain.mixers.base import cat_states, index_state
+
+BATCH_TOKENS = 16_384
+"""Inputs per forward. Part of a pass's identity: another shape may change a loss's last bit."""
 
 
 class ScoredModel(Protocol):
@@ -59,6 +61,10 @@ class ScoredModel(Protocol):
         ...
 
 
+Chain = list[WorkItem]
+Batch = list[Chain]
+
+
 def state_dict_sha256(model: torch.nn.Module) -> str:
     """sha256 over names, dtypes, shapes and bytes of all parameters and buffers.
 
@@ -73,9 +79,9 @@ def state_dict_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_identity(model: ScoredModel) -> str:
+def model_identity(fingerprint: str, precision: str) -> str:
     """Weights, buffers and arithmetic: what the model contributes to a pass's identity."""
-    return f"{model.fingerprint()}:{model.precision}"
+    return f"{fingerprint}:{precision}:{BATCH_TOKENS}"
 
 
 def score(
@@ -83,19 +89,19 @@ def score(
     documents: EvalDocuments,
     scoring: Pass,
     *,
-    batch_tokens: int = 16_384,
-    progress: bool = True,
+    chosen: Sequence[Batch] | None = None,
     identity: str | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> TokenTable:
-    """Scores every item of a pass.
+    """Scores a pass, or some batches of it, in this process.
 
     Args:
         model: the model.
         documents: the items index into these.
         scoring: the pass.
-        batch_tokens: inputs per forward; a longer item runs alone.
-        progress: show a bar on stderr, in tokens.
-        identity: of the result, when the caller has it already.
+        chosen: some of its `batches`; None: all.
+        identity: of the result, when it is not that of the whole pass.
+        advance: called with the number of tokens after each forward.
 
     Raises:
         ValueError: the documents' vocabulary is larger than the model's.
@@ -108,33 +114,59 @@ def score(
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
+    partial = chosen is not None
+    chosen = batches(scoring.items) if chosen is None else chosen
+    if identity is None:
+        model_id = model_identity(model.fingerprint(), model.precision)
+        identity = pass_identity(scoring, model_id, documents.identity)
     began = time.perf_counter()
-    n_inputs = sum(item.stop - item.start - 1 for item in scoring.items)
     rows: list[tuple[WorkItem, np.ndarray]] = []
-    bar = tqdm(total=n_inputs, desc=scoring.name, unit="tok", unit_scale=True, disable=not progress)
-    with torch.inference_mode(), bar:
-        for chains in _batches(_chains(scoring.items), batch_tokens):
-            rows += _run_batch(model, documents, chains, bar)
+    with torch.inference_mode():
+        for batch in chosen:
+            rows += _run_batch(model, documents, batch, advance or (lambda n: None))
     seconds = time.perf_counter() - began
-    meta = {
-        "identity": identity or pass_identity(scoring, model_identity(model), documents.identity),
+    inputs = sum(map(n_inputs, chosen))
+    meta: dict[str, Any] = {
+        "identity": identity,
         "pass": scoring.name,
         "protocol": scoring.protocol,
         "context": scoring.context,
         "settings": scoring.settings,
         "n_docs": len(documents.tokens),
         "cost": {
-            "input_tokens": n_inputs,
+            "input_tokens": inputs,
             "seconds": seconds,
-            "tokens_per_second": n_inputs / max(seconds, 1e-9),
+            "tokens_per_second": inputs / max(seconds, 1e-9),
             "peak_memory_bytes": _peak_memory(model.device),
             "peak_memory_of": "pass" if cuda else "process",
         },
     }
-    return _table(rows, documents, meta)
+    table = _table(rows, documents, meta)
+    meta["n_words"] = None if partial else documents.words_if_whole(table.doc, table.n_bytes)
+    return table
 
 
-Chain = list[WorkItem]
+def batches(items: Sequence[WorkItem], batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Chains whose first items have one shape, side by side; `batch_tokens` inputs at most.
+
+    Args:
+        items: of a pass.
+        batch_tokens: inputs per forward; a longer item runs alone.
+    """
+    cut: list[Batch] = []
+    for chain in _chains(items):
+        shape = _shape(chain[0])
+        lanes = max(1, batch_tokens // shape[0])
+        if cut and len(cut[-1]) < lanes and _shape(cut[-1][0][0]) == shape:
+            cut[-1].append(chain)
+        else:
+            cut.append([chain])
+    return cut
+
+
+def n_inputs(batch: Batch) -> int:
+    """Tokens that a batch feeds."""
+    return sum(item.stop - item.start - 1 for chain in batch for item in chain)
 
 
 def _chains(items: Sequence[WorkItem]) -> list[Chain]:
@@ -155,21 +187,8 @@ def _shape(item: WorkItem) -> tuple[int, int]:
     return item.stop - item.start - 1, item.score_from - item.start - 1
 
 
-def _batches(chains: list[Chain], batch_tokens: int) -> list[list[Chain]]:
-    """Runs of chains whose first items have one shape, `batch_tokens` inputs at most."""
-    batches: list[list[Chain]] = []
-    for chain in chains:
-        shape = _shape(chain[0])
-        lanes = max(1, batch_tokens // shape[0])
-        if batches and len(batches[-1]) < lanes and _shape(batches[-1][0][0]) == shape:
-            batches[-1].append(chain)
-        else:
-            batches.append([chain])
-    return batches
-
-
 def _run_batch(
-    model: ScoredModel, documents: EvalDocuments, chains: list[Chain], bar: tqdm
+    model: ScoredModel, documents: EvalDocuments, chains: Batch, advance: Callable[[int], None]
 ) -> list[tuple[WorkItem, np.ndarray]]:
     """Walks a batch of chains side by side. Lanes that end drop out; odd tails run on their own."""
     rows = []
@@ -190,7 +209,7 @@ def _run_batch(
                 score_from=shape[1],
             )
             rows += list(zip(items, nll.float().cpu().numpy(), strict=True))
-            bar.update(len(items) * shape[0])
+            advance(len(items) * shape[0])
             going = [j for j, k in enumerate(at) if step + 1 < len(chains[lanes[k]])]
             if going:
                 kept_lanes += [lanes[at[j]] for j in going]
@@ -220,18 +239,7 @@ def _table(
         ]
     ).astype(np.uint16)
     nll = np.concatenate([nll for _, nll in rows]).astype(np.float32)
-    meta["n_words"] = _words_if_whole(documents, doc, n_bytes)
     return TokenTable(doc, position, context, nll, n_bytes, meta)
-
-
-def _words_if_whole(
-    documents: EvalDocuments, doc: np.ndarray, n_bytes: np.ndarray
-) -> list[int] | None:
-    """Words per document where every byte of the original text was scored; None otherwise."""
-    n_docs = len(documents.tokens)
-    if per_document(doc, n_bytes, n_docs).tolist() != list(documents.raw_bytes):
-        return None
-    return [documents.words(k) for k in range(n_docs)]
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -21,7 +21,7 @@ from data.shards import write_atomically
 from evals.protocols import Pass, WorkItem
 from evals.stats import per_document
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 _COLUMNS = ("doc", "position", "context", "nll", "n_bytes")
 
 
@@ -74,6 +74,12 @@ class TokenTable:
             )
         )
 
+    @classmethod
+    def join(cls, tables: "Sequence[TokenTable]", meta: dict[str, Any]) -> "TokenTable":
+        """The rows of all tables, in order."""
+        columns = {k: np.concatenate([getattr(table, k) for table in tables]) for k in _COLUMNS}
+        return cls(meta=meta, **columns).select(np.lexsort((columns["position"], columns["doc"])))
+
     def _n_docs(self) -> int:
         return int(self.meta["n_docs"])
 
@@ -101,6 +107,16 @@ class TokenTable:
                 f"{path}: cannot be read ({error}); delete it and evaluate again"
             ) from error
         return cls(meta=meta, **columns)
+
+    @staticmethod
+    def identity_of(path: Path) -> str | None:
+        """What `path` was written for, without reading its columns; None when absent or damaged."""
+        try:
+            with np.load(path) as arrays:
+                identity: str = json.loads(str(arrays["meta"]))["identity"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
+        return identity
 
     @classmethod
     def load_if_same(cls, path: Path, identity: str) -> "TokenTable | None":

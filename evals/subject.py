@@ -1,14 +1,18 @@
 """What a suite evaluates: a trained model, the documents it is tried on, and where results go."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.loader import start_id
 from data.shards import Corpus
 from data.tokenizer import Tokenizer
 from evals.documents import EvalDocuments, from_corpus
 from evals.models import LanguageModelScorer
+from evals.processes import Processes, join
 from evals.score import ScoredModel
 from pretrain.command_line import choose_device
 from pretrain.training.environment import git_commit
@@ -40,6 +44,7 @@ class Subject:
         documents: of the evaluated split, behind what stood there in training.
         tokenizer: theirs and the model's.
         train_length: tokens of a training segment.
+        processes: that this one works with: only the main one prints and writes results.
         results: folder whose subfolders are the suites' results.
         provenance: facts about the model for result.json.
     """
@@ -49,6 +54,7 @@ class Subject:
     documents: EvalDocuments
     tokenizer: Tokenizer
     train_length: int
+    processes: Processes
     results: Path
     provenance: dict[str, Any]
 
@@ -65,7 +71,7 @@ def open_subject(arguments: SubjectArguments) -> Subject:
     run_dir = Path(arguments.run)
     if not run_dir.is_dir():
         raise ValueError(f"run={run_dir}: no such folder; use a run directory such as runs/NAME")
-    device = choose_device(arguments.device)
+    device = _device(arguments.device)
     model, config, checkpoint = load_model(run_dir, arguments.tag)
     corpus = Corpus.open(
         arguments.data or config.data.path, arguments.split or config.data.val_split
@@ -84,6 +90,7 @@ def open_subject(arguments: SubjectArguments) -> Subject:
         ),
         tokenizer=corpus.tokenizer,
         train_length=config.train.seq_len,
+        processes=join(),
         results=run_dir / "eval",
         provenance={
             "commit": git_commit(),
@@ -101,3 +108,12 @@ def open_subject(arguments: SubjectArguments) -> Subject:
             "carried_state": config.train.carry_state,
         },
     )
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name; each process of a node takes a GPU of its own."""
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device

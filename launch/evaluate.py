@@ -15,9 +15,10 @@ claims a constant state grows with the context, 2 bad input, 3 a gate failed and
 written.
 """
 
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from evals.compare import EvalRun
 from evals.documents import from_corpus
 from evals.gates import GateFailure
 from evals.perplexity_suite import PerplexityArguments
+from evals.processes import ProcessLost
 from evals.protocols import parse_contexts
 from evals.subject import SubjectArguments
 from pretrain.command_line import parse
@@ -37,7 +39,7 @@ from pretrain.config import CONFIG_DIR, load_config
 from pretrain.models import LanguageModel
 from pretrain.training.manifest import CheckpointError
 
-GROWS, BAD_INPUT, GATE_FAILED = 1, 2, 3
+GROWS, BAD_INPUT, GATE_FAILED, PROCESS_LOST = 1, 2, 3, 4
 
 
 @dataclass
@@ -47,6 +49,15 @@ class ReportArguments:
     out: str = ""
     ngram: bool = False
     suite: str = "perplexity"
+
+
+@dataclass
+class RebuildArguments:
+    """Everything `evaluate.py rebuild` understands."""
+
+    run: str = ""
+    suite: str = "perplexity"
+    name: str = ""  # of the result folder; default: the suite
 
 
 @dataclass
@@ -73,14 +84,21 @@ class StreamingArguments:
 
 
 class Suite(NamedTuple):
-    """A suite of `run=`: the words it understands, and what it does with them and the command."""
+    """A suite of `run=`.
+
+    Attributes:
+        arguments: the words that it understands.
+        evaluate: does its work, given them and the command; called in every process of a launch.
+        rebuild: derives the results in a folder anew, from what the model was needed for.
+    """
 
     arguments: type[SubjectArguments]
     evaluate: Callable[[Any, str], None]
+    rebuild: Callable[[Path], None]
 
 
 SUITES: dict[str, Suite] = {
-    "perplexity": Suite(PerplexityArguments, perplexity_suite.evaluate),
+    "perplexity": Suite(PerplexityArguments, perplexity_suite.evaluate, perplexity_suite.rebuild),
 }
 
 
@@ -90,6 +108,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     command = shlex.join(["launch/evaluate.py", *argv])
+    # Appended by the deepspeed launcher; the environment has it, too.
+    argv = [word for word in argv if not word.startswith("--local_rank")]
     try:
         if argv[0] in ("report", "curves"):
             positional = [word for word in argv[1:] if "=" not in word]
@@ -97,15 +117,20 @@ def main(argv: list[str]) -> int:
             if argv[0] == "curves":
                 return compare_curves(positional, parse(CurvesArguments, options))
             return report_runs(positional, parse(ReportArguments, options))
+        if argv[0] == "rebuild":
+            return rebuild(parse(RebuildArguments, argv[1:]))
         if argv[0] == "streaming":
             return measure_streaming(parse(StreamingArguments, argv[1:]), command)
         return evaluate(argv, command)
-    except (ValueError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, CheckpointError) as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one of each node speaks
+            print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except GateFailure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return GATE_FAILED
+    except (OSError, GateFailure, ProcessLost) as error:  # may be this process's own
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        codes = {GateFailure: GATE_FAILED, ProcessLost: PROCESS_LOST}
+        return codes.get(type(error), BAD_INPUT)
 
 
 def evaluate(words: list[str], command: str) -> int:
@@ -116,14 +141,22 @@ def evaluate(words: list[str], command: str) -> int:
             "suite=lra trains encoders from scratch and evaluates no run; use "
             "python -m evals.lra task=listops out=runs/lra/listops"
         )
-    if chosen != "all" and chosen not in SUITES:
-        raise ValueError(f"suite={chosen} is not known; use one of {', '.join(SUITES)}, all")
-    if chosen == "all" and any(word.startswith("name=") for word in words):
+    if chosen != "all":
+        check_suite(chosen, (*SUITES, "all"))
+    elif any(word.startswith("name=") for word in words):
         raise ValueError("name= names one suite's folder; leave it out of suite=all")
     suites = SUITES if chosen == "all" else {chosen: SUITES[chosen]}
     for suite, arguments in zip(suites.values(), parse_for(suites, words), strict=True):
         suite.evaluate(arguments, command)
     return 0
+
+
+def check_suite(name: str, known: Iterable[str]) -> None:
+    """Raises:
+    ValueError: there is no such suite.
+    """
+    if name not in known:
+        raise ValueError(f"suite={name} is not known; use one of {', '.join(known)}")
 
 
 def parse_for(suites: dict[str, Suite], words: list[str]) -> list[Any]:
@@ -151,6 +184,16 @@ def report_runs(paths: list[str], arguments: ReportArguments) -> int:
     page = report.write(runs, out_dir, ngram)
     print("\n".join(report.findings(runs, ngram)))
     print(page)
+    return 0
+
+
+def rebuild(arguments: RebuildArguments) -> int:
+    """Derives a suite's results anew from what is stored; loads no model."""
+    check_suite(arguments.suite, SUITES)
+    if not arguments.run:
+        raise ValueError("run= is missing; use rebuild run=runs/NAME")
+    folder = Path(arguments.run) / "eval" / (arguments.name or arguments.suite)
+    SUITES[arguments.suite].rebuild(folder)
     return 0
 
 

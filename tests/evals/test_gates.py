@@ -67,7 +67,7 @@ def test_not_a_number_is_caught():
 @pytest.mark.parametrize("fault", ["missing", "twice", "negative", "nan"])
 def test_coverage_counts_missing_repeated_and_impossible_losses(fault):
     (scoring,) = protocols.stream(DOCUMENTS.lengths, 50)
-    table = score(Uniform(32), DOCUMENTS, scoring, progress=False)
+    table = score(Uniform(32), DOCUMENTS, scoring)
     assert gates.check_coverage(scoring, table).passed
     rows = np.arange(len(table.nll))
     if fault == "missing":
@@ -88,7 +88,7 @@ def test_a_pass_that_asks_for_a_token_twice_fails_coverage():
         scoring.name, scoring.protocol, None, {}, (*scoring.items, *scoring.items)
     )
     documents = random_documents([39])
-    table = score(Uniform(32), documents, doubled, progress=False)
+    table = score(Uniform(32), documents, doubled)
     assert not gates.check_coverage(doubled, table).passed
 
 

@@ -60,8 +60,8 @@ def test_stream_equals_one_pass_with_ragged_documents_side_by_side(name):
     documents = random_documents([150, 70, 133, 150])
     (whole,) = protocols.position(documents.lengths, 1000)
     (segments,) = protocols.stream(documents.lengths, 48)
-    reference = score(scorer(name), documents, whole, progress=False)
-    table = score(scorer(name), documents, segments, progress=False)
+    reference = score(scorer(name), documents, whole)
+    table = score(scorer(name), documents, segments)
     assert table.same_tokens(reference)
     np.testing.assert_allclose(table.nll, reference.nll, atol=1e-4)  # the stated fp32 bound
 
@@ -82,9 +82,9 @@ def test_stream_over_60k_tokens_equals_one_pass_at_constant_memory(name):
                 state_sizes.add(sum(sizes))
             return nll, after
 
-    reference = score(scorer(name), documents, whole, progress=False)
+    reference = score(scorer(name), documents, whole)
     watched = Watched(scorer(name).model, torch.device("cpu"))
-    table = score(watched, documents, segments, progress=False)
+    table = score(watched, documents, segments)
     assert table.same_tokens(reference)
     np.testing.assert_allclose(table.nll, reference.nll, atol=1e-4)
     assert len(state_sizes) == 1, "what is carried does not grow with the document"
@@ -102,8 +102,8 @@ def test_fingerprint_sees_one_bit_of_one_weight():
 def test_bf16_autocast_stays_within_its_bound():
     documents = random_documents([120, 100])
     (scoring,) = protocols.stream(documents.lengths, 64)
-    exact = score(scorer("swa"), documents, scoring, progress=False)
-    rounded = score(scorer("swa", "bf16"), documents, scoring, progress=False)
+    exact = score(scorer("swa"), documents, scoring)
+    rounded = score(scorer("swa", "bf16"), documents, scoring)
     assert not np.array_equal(exact.nll, rounded.nll)
     np.testing.assert_allclose(rounded.nll, exact.nll, atol=0.1)
     with pytest.raises(ValueError, match="precision='fp16'"):

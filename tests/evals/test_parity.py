@@ -71,7 +71,7 @@ def documents():
 
 def ours(model, documents, scoring):
     """The store of a pass, and the suite's metrics of it by name."""
-    table = score(FromTransformers(model), documents, scoring, progress=False)
+    table = score(FromTransformers(model), documents, scoring)
     metrics = perplexity.derive([table], train_length=64)
     return table, {metric["name"]: metric["value"] for metric in metrics}
 

@@ -188,7 +188,6 @@ def test_curves_over_contexts_have_bands_and_single_passes_intervals(tmp_path):
         ({"contexts": ()}, "contexts="),
         ({"contexts": (0, 64)}, "contexts="),
         ({"contexts": (64,), "protocols": ("fixed", "slide")}, "protocols=fixed,slide"),
-        ({"contexts": (64,), "batch_tokens": 0}, "batch_tokens=0"),
         ({"contexts": (64,), "protocols": ("sliding",), "stride_tokens": 65}, "stride_tokens=65"),
         ({"contexts": (64,), "stream_tokens": -1, "spans_per_document": 0}, "spans_per_document=0"),
         ({"contexts": (64, 4096)}, "contexts=4096 leaves no target"),
