@@ -168,36 +168,20 @@ def run(
     if problems:
         raise ValueError("; ".join(problems))
     passes = plan(documents.lengths, options, train_length)
-    processes = (processes or Processes()).scope(str(out_dir))
-    if processes.is_main:
-        for stale in OUTPUTS:
-            (out_dir / stale).unlink(missing_ok=True)
-
     before = model.fingerprint()
-    checked = gates.check_model(model, documents, max(2048, 4 * train_length))
-    gates.require(checked)
-    tables = score_passes(
-        model,
-        documents,
-        passes,
-        out_dir / "tokens",
-        model_id=model_identity(before, model.precision),
-        processes=processes,
-        progress=progress,
-    )
-    unchanged = gates.check_unchanged(before, model.fingerprint())
-    gates.require([unchanged])
+    checked: list[gates.GateResult] = []
+    tables: dict[str, TokenTable] = {}
 
     def write() -> dict[str, Any]:
-        coverage = [gates.check_coverage(scoring, tables[scoring.name]) for scoring in passes]
-        gates.require(coverage)
+        checked.extend(gates.check_coverage(scoring, tables[scoring.name]) for scoring in passes)
+        gates.require(checked)
         facts = {
             "schema": SCHEMA,
             "suite": "perplexity",
             "name": name,
             **_facts(model, documents, train_length, provenance or {}),
             "protocols": [_protocol_record(scoring, tables[scoring.name]) for scoring in passes],
-            "gates": [gate.as_dict() for gate in (*checked, *coverage, unchanged)],
+            "gates": [gate.as_dict() for gate in checked],
             "cost": [
                 {"pass": key, "context": table.meta["context"], **table.meta["cost"]}
                 for key, table in tables.items()
@@ -207,8 +191,24 @@ def run(
         write_bytes(out_dir / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
         return rebuild(out_dir)
 
-    result: dict[str, Any] = processes.from_main("result", write)
-    processes.leave()
+    with (processes or Processes()).scope(str(out_dir)) as among:
+        if among.is_main:
+            for stale in OUTPUTS:
+                (out_dir / stale).unlink(missing_ok=True)
+        checked += gates.check_model(model, documents, max(2048, 4 * train_length))
+        gates.require(checked)
+        tables |= score_passes(
+            model,
+            documents,
+            passes,
+            out_dir / "tokens",
+            model_id=model_identity(before, model.precision),
+            processes=among,
+            progress=progress,
+        )
+        checked.append(gates.check_unchanged(before, model.fingerprint()))
+        gates.require(checked)
+        result: dict[str, Any] = among.from_main("result", write)
     return result
 
 

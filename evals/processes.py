@@ -11,7 +11,8 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch.distributed as dist
 
 STALL_SECONDS = 1800.0
 POLL_SECONDS = 0.05
-_BEATS, _LEFT = "beats", "left"
+_BEATS, _LEFT, _FAILED = "beats", "left", "failed"
 
 
 class ProcessLost(Exception):
-    """Another process died or hangs."""
+    """Another process failed, died or hangs."""
 
 
 class Processes:
@@ -43,9 +44,24 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def scope(self, name: str) -> "Processes":
-        """The same processes, with counts and words of their own."""
-        return Processes(self.rank, self.size, dist.PrefixStore(name, self.store))
+    @contextmanager
+    def scope(self, name: str) -> Iterator["Processes"]:
+        """The same processes, with counts and words of their own, until all have left.
+
+        An exception in one of them ends the others, wherever they wait, with `ProcessLost`.
+        """
+        inner = Processes(self.rank, self.size, dist.PrefixStore(name, self.store))
+        try:
+            yield inner
+        except Exception as error:
+            with suppress(dist.DistError):
+                inner.store.set(_FAILED, f"rank {self.rank}: {error}")
+            raise
+        # Rank 0 may host the store: it waits until no other asks anything any more.
+        if not self.is_main:
+            inner.count(_LEFT, 1)
+            return
+        inner.wait_until(lambda: inner.count(_LEFT) == self.size - 1)
 
     def count(self, key: str, n: int = 0) -> int:
         """Adds to a count; the sum over all processes. Work that counts nothing looks hung."""
@@ -65,19 +81,14 @@ class Processes:
         self.wait_until(lambda: self._has(key))
         return json.loads(self.store.get(key))
 
-    def leave(self) -> None:
-        """Lets rank 0, which may host the store, wait until no other asks it anything any more."""
-        if self.is_main:
-            self.wait_until(lambda: self.count(_LEFT) == self.size - 1)
-        else:
-            self.count(_LEFT, 1)
-
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Raises:
-        ProcessLost: nobody counted anything for `STALL_SECONDS`.
+        ProcessLost: another process failed, or nobody counted anything for `STALL_SECONDS`.
         """
         beats, since = self.count(_BEATS), time.monotonic()
         while not ready():
+            if self._has(_FAILED):
+                raise ProcessLost(self.store.get(_FAILED).decode())
             time.sleep(POLL_SECONDS)
             now = self.count(_BEATS)
             if now != beats:

@@ -1,18 +1,22 @@
-"""Evaluates a trained run, reports on evaluated ones, or measures what context costs.
+"""Evaluates a trained model, reports on evaluated ones, or measures what context costs.
 
     python launch/evaluate.py run=runs/NAME suite=perplexity contexts=64..8192
+    torchrun --nproc_per_node=4 launch/evaluate.py run=runs/NAME suite=all
+    python launch/evaluate.py rebuild run=runs/NAME suite=perplexity
     python launch/evaluate.py report runs/A runs/B out=runs/report ngram=true
     python launch/evaluate.py curves runs/rows/* out=runs/rows_curves baseline=swa_tiny
     python launch/evaluate.py streaming models=swa_tiny,bst_tiny out=runs/streaming
 
-The first writes runs/NAME/eval/perplexity/ (result.json, curve.csv, curve.png, report.html,
-tokens/*.npz); a second call rescores nothing that is there. The second puts several runs on one
-page and prints its path last. The third compares the training curves of a sweep (launch/sweep.py):
-curves.png, rows.csv, rows.md. The fourth needs no run: it measures the models of configs/model/ on
+The first writes runs/NAME/eval/SUITE/ (for perplexity result.json, curve.csv, curve.png,
+report.html, tokens/*.npz); a second call rescores nothing that is there, after an interruption
+either, and several processes, under torchrun or deepspeed, share the documents. `rebuild` derives
+all files anew from those of the first, without the model. `report` puts several runs on one page
+and prints its path last. `curves` compares the training curves of a sweep (launch/sweep.py):
+curves.png, rows.csv, rows.md. `streaming` needs no run: it measures the models of configs/model/ on
 the CPU (OMP_NUM_THREADS=1: on one core; evals/streaming.py names two more settings for the C
 library's memory) and writes streaming.md, .json, .csv and .png. Exit codes: 0 done, 1 a model that
 claims a constant state grows with the context, 2 bad input, 3 a gate failed and no report was
-written.
+written, 4 another process of the launch failed.
 """
 
 import os

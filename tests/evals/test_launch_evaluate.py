@@ -64,7 +64,7 @@ def run(tmp_path, corpus, monkeypatch):
     return config.run_dir
 
 
-def test_evaluate_then_report_prints_the_pages_path_last(run, capsys):
+def test_evaluate_rebuild_then_report_print_the_pages_path_last(run, capsys, monkeypatch):
     assert evaluate.main([f"run={run}", "contexts=16..128", "spans_per_document=2"]) == 0
     folder = run / "eval" / "perplexity"
     lines = capsys.readouterr().out.splitlines()
@@ -81,6 +81,13 @@ def test_evaluate_then_report_prints_the_pages_path_last(run, capsys):
     assert result["tokenizer"]["lossless"]
     assert result["command"].startswith("launch/evaluate.py run=")
     assert result["data"]["n_bytes"] + 4 == result["data"]["n_tokens"], "bytes, and EOS four times"
+
+    (folder / "result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(subject, "load_model", None)
+        assert evaluate.main(["rebuild", f"run={run}"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert json.loads((folder / "result.json").read_text()) == result
 
     out = run.parent / "report"
     assert evaluate.main(["report", str(run), f"out={out}", "ngram=true"]) == 0
@@ -121,6 +128,10 @@ def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
         (["RUN", "data=nowhere"], "nowhere"),
         (["RUN", "split=test"], "split=test"),
         (["run=nowhere"], "run=nowhere: no such folder"),
+        (["RUN", "suite=all", "name=x"], "name= names one suite's folder"),
+        (["rebuild"], "run= is missing"),
+        (["rebuild", "run=nowhere"], "nowhere/eval/perplexity/facts.json: cannot be read"),
+        (["rebuild", "RUN", "suite=all"], "suite=all is not known"),
         (["report"], "report needs runs and out="),
         (["report", "nowhere", "out=x"], "no result.json"),
         (["report", "nowhere", "out=x", "ngram=maybe"], "ngram=maybe: use true or false"),

@@ -89,24 +89,29 @@ def test_finished_passes_are_not_scored_again(tmp_path):
     assert len(second.calls) == len(gates_only.calls) < len(first.calls)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
-    documents = documents_with([220, 180, 300])
-    whole = run(Recurrent(), documents, tmp_path / "whole")
-    original, n_scored = perplexity.score, 0
+def test_rebuilding_restores_every_file_from_the_store_and_the_facts(tmp_path):
+    whole = run(Recurrent(), documents_with([220, 180, 300]), tmp_path)
+    files = {name: (tmp_path / name).read_bytes() for name in ("result.json", "curve.csv")}
+    for path in tmp_path.glob("*.*"):
+        if path.name != perplexity.FACTS:
+            path.unlink()
+    assert perplexity.rebuild(tmp_path) == whole
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+    assert (tmp_path / "curve.png").exists()
 
-    def dies_in_the_third_pass(*arguments, **options):
-        nonlocal n_scored
-        n_scored += 1
-        if n_scored == 3:
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
 
-    monkeypatch.setattr(perplexity, "score", dies_in_the_third_pass)
-    with pytest.raises(KeyboardInterrupt):
-        run(Recurrent(), documents, tmp_path / "cut")
-    assert not (tmp_path / "cut" / "result.json").exists()
-    resumed = run(Recurrent(), documents, tmp_path / "cut")
-    assert without_timing(resumed) == without_timing(whole)
+def test_rebuilding_refuses_what_the_facts_are_not_about(tmp_path):
+    with pytest.raises(ValueError, match="evaluate again"):
+        perplexity.rebuild(tmp_path)
+    options = PerplexityOptions(contexts=(16,), protocols=("position",))
+    run(Uniform(32), documents_with([60]), tmp_path / "one", options)
+    run(Recurrent(), documents_with([60]), tmp_path / "other", options)
+    (tmp_path / "one" / "tokens").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="cannot be read"):
+        perplexity.rebuild(tmp_path / "one")
+    (tmp_path / "other" / "tokens").rename(tmp_path / "one" / "tokens")
+    with pytest.raises(ValueError, match="is not the pass that facts.json is about"):
+        perplexity.rebuild(tmp_path / "one")
 
 
 def test_other_weights_or_data_are_scored_anew(tmp_path):
