@@ -28,6 +28,8 @@ class LanguageModelScorer:
         precision: "fp32", or "bf16" for autocast matmuls.
     """
 
+    max_tokens: int | None = None
+
     def __init__(self, model: LanguageModel, device: torch.device, precision: str = "fp32") -> None:
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision={precision!r} is not known; use fp32 or bf16")

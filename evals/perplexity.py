@@ -27,6 +27,7 @@ import io
 import itertools
 import json
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -131,6 +132,24 @@ def plan(lengths: Sequence[int], options: PerplexityOptions, train_length: int) 
     return passes
 
 
+def check_room(passes: Sequence[Pass], max_tokens: int | None) -> None:
+    """Raises:
+    ValueError: a pass shows a model more than it can see at once.
+    """
+    for scoring in passes:
+        needed = max(item.stop - 1 - (-1 if item.carry else item.start) for item in scoring.items)
+        if max_tokens is not None and needed > max_tokens:
+            shorter = (
+                f"stream_tokens={max_tokens}"
+                if scoring.context is None and scoring.protocol == "stream"
+                else f"contexts up to {max_tokens} less span_tokens"
+            )
+            raise ValueError(
+                f"{scoring.protocol}: needs {needed} tokens at once, and the model takes "
+                f"{max_tokens}; use {shorter}, or other protocols"
+            )
+
+
 def run(
     model: ScoredModel,
     documents: EvalDocuments,
@@ -168,6 +187,7 @@ def run(
     if problems:
         raise ValueError("; ".join(problems))
     passes = plan(documents.lengths, options, train_length)
+    check_room(passes, model.max_tokens)
     before = model.fingerprint()
     checked: list[gates.GateResult] = []
     tables: dict[str, TokenTable] = {}
@@ -195,7 +215,8 @@ def run(
         if among.is_main:
             for stale in OUTPUTS:
                 (out_dir / stale).unlink(missing_ok=True)
-        checked += gates.check_model(model, documents, max(2048, 4 * train_length))
+        longest = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
+        checked += gates.check_model(model, documents, longest)
         gates.require(checked)
         tables |= score_passes(
             model,

@@ -27,12 +27,14 @@ def evaluate(arguments: PerplexityArguments, command: str) -> None:
     """Scores a model and writes its folder, in every process of the launch."""
     subject = open_subject(arguments)
     train_length = subject.train_length
+    limit = subject.model.max_tokens
+    largest = 16 * train_length if limit is None else limit - 64  # spans need room, too
     out_dir = subject.results / (arguments.name or "perplexity")
     result = perplexity.run(
         subject.model,
         subject.documents,
         perplexity.PerplexityOptions(
-            contexts=parse_contexts(arguments.contexts or f"64..{16 * train_length}"),
+            contexts=parse_contexts(arguments.contexts or f"64..{largest}"),
             protocols=tuple(filter(None, arguments.protocols.split(","))),
             span_tokens=arguments.span_tokens,
             spans_per_document=arguments.spans_per_document,

@@ -34,12 +34,14 @@ class ScoredModel(Protocol):
     Attributes:
         vocab_size: ids are below it.
         reset_grid: documents of one batch may only begin on its multiples; 1 is anywhere.
+        max_tokens: the most that it can see at once; None: any number.
         precision: "fp32" or "bf16", the arithmetic of the forward; it sets the gates' bounds.
         device: where tokens are sent.
     """
 
     vocab_size: int
     reset_grid: int
+    max_tokens: int | None
     precision: str
     device: torch.device
 

@@ -1,5 +1,6 @@
 """What a suite evaluates: a trained model, the documents it is tried on, and where results go."""
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ import torch
 
 from data.loader import start_id
 from data.shards import Corpus
+from data.sources import find_files, read_rows
 from data.tokenizer import Tokenizer
 from evals.documents import EvalDocuments, from_corpus
+from evals.huggingface import HuggingFaceScorer, HuggingFaceTokenizer, encode_documents
 from evals.models import LanguageModelScorer
 from evals.processes import Processes, join
 from evals.score import ScoredModel
@@ -24,6 +27,10 @@ class SubjectArguments:
     """The words that every suite understands; a suite's own arguments extend them."""
 
     run: str = ""
+    hf: str = ""  # folder of a Hugging Face model, in place of run
+    out: str = ""  # with hf: results go to OUT/eval
+    text: str = ""  # with hf: files of text, as data.sources reads them
+    text_field: str = "text"
     suite: str = "perplexity"
     limit: int | None = None  # documents
     name: str = ""  # of the result folder; default: the suite
@@ -66,8 +73,13 @@ def open_subject(arguments: SubjectArguments) -> Subject:
         ValueError: a word is missing or wrong, or the data does not fit the model.
         CheckpointError: the checkpoint is missing or damaged.
     """
+    if arguments.hf:
+        return _open_hf(arguments)
     if not arguments.run:
         raise ValueError("run= is missing; use run=runs/NAME contexts=64..8192")
+    for key in ("out", "text"):
+        if getattr(arguments, key):
+            raise ValueError(f"{key}= goes with hf=; leave it out of run={arguments.run}")
     run_dir = Path(arguments.run)
     if not run_dir.is_dir():
         raise ValueError(f"run={run_dir}: no such folder; use a run directory such as runs/NAME")
@@ -106,6 +118,50 @@ def open_subject(arguments: SubjectArguments) -> Subject:
             "training_mode": config.data.mode,
             "training_boundary": config.data.boundary,
             "carried_state": config.train.carry_state,
+        },
+    )
+
+
+def _open_hf(arguments: SubjectArguments) -> Subject:
+    """A folder's model, on files of text or on the text of a prepared split."""
+    folder = Path(arguments.hf)
+    if arguments.run or not arguments.out:
+        raise ValueError(f"hf={folder} needs out= and no run=; use out=runs/NAME")
+    if not folder.is_dir():
+        raise ValueError(f"hf={folder}: no such folder; use a model's, with config.json")
+    if bool(arguments.text) == bool(arguments.data):
+        raise ValueError(f"hf={folder} needs one of text=FILES and data=CORPUS")
+    limit = arguments.limit
+    if arguments.data:
+        corpus = Corpus.open(arguments.data, arguments.split or "validation")
+        prepared = from_corpus(corpus, limit)
+        texts = [prepared.text(doc).decode() for doc in range(len(prepared.tokens))]
+        source = prepared.source
+    else:
+        rows = (
+            row.text
+            for _, path in find_files(arguments.text)
+            for row in read_rows(path, arguments.text_field)
+        )
+        texts = list(itertools.islice(rows, limit))
+        source = {"path": arguments.text, "split": arguments.split or "text", "limit": limit}
+    tokenizer = HuggingFaceTokenizer(folder)
+    model = HuggingFaceScorer(folder, _device(arguments.device), arguments.precision)
+    if model.max_tokens is None:
+        raise ValueError(f"hf={folder}: its config.json has no max_position_embeddings; add it")
+    return Subject(
+        name=Path(arguments.out).name,
+        model=model,
+        documents=encode_documents(texts, tokenizer, source),
+        tokenizer=tokenizer,
+        train_length=model.max_tokens,
+        processes=join(),
+        results=Path(arguments.out) / "eval",
+        provenance={
+            "commit": git_commit(),
+            "path": str(folder),
+            "architecture": type(model.model).__name__,
+            "parameters": sum(p.numel() for p in model.model.parameters()),
         },
     )
 

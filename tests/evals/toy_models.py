@@ -22,6 +22,7 @@ class ToyModel:
     """Base: log-probabilities from `log_p(inputs, state) -> ((B, L, V), state)`."""
 
     reset_grid = 1
+    max_tokens: int | None = None
     precision = "fp32"
     device = torch.device("cpu")
 
