@@ -211,7 +211,7 @@ def run(
         write_bytes(out_dir / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
         return rebuild(out_dir)
 
-    with (processes or Processes()).scope(str(out_dir)) as among:
+    with (processes or Processes()).scope() as among:
         if among.is_main:
             for stale in OUTPUTS:
                 (out_dir / stale).unlink(missing_ok=True)

@@ -39,18 +39,21 @@ class Processes:
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
         self.rank, self.size = rank, size
         self.store = dist.HashStore() if store is None else store
+        self._scopes = 0
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @contextmanager
-    def scope(self, name: str) -> Iterator["Processes"]:
+    def scope(self) -> Iterator["Processes"]:
         """The same processes, with counts and words of their own, until all have left.
 
-        An exception in one of them ends the others, wherever they wait, with `ProcessLost`.
+        All enter as many scopes in the same order. An exception in one of them ends the others,
+        wherever they wait, with `ProcessLost`.
         """
-        inner = Processes(self.rank, self.size, dist.PrefixStore(name, self.store))
+        inner = Processes(self.rank, self.size, dist.PrefixStore(str(self._scopes), self.store))
+        self._scopes += 1
         try:
             yield inner
         except Exception as error:

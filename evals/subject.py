@@ -125,8 +125,8 @@ def open_subject(arguments: SubjectArguments) -> Subject:
 def _open_hf(arguments: SubjectArguments) -> Subject:
     """A folder's model, on files of text or on the text of a prepared split."""
     folder = Path(arguments.hf)
-    if arguments.run or not arguments.out:
-        raise ValueError(f"hf={folder} needs out= and no run=; use out=runs/NAME")
+    if not arguments.out or arguments.run or arguments.tag != "latest":
+        raise ValueError(f"hf={folder} needs out= and no run= or tag=; use out=runs/NAME")
     if not folder.is_dir():
         raise ValueError(f"hf={folder}: no such folder; use a model's, with config.json")
     if bool(arguments.text) == bool(arguments.data):

@@ -104,7 +104,7 @@ def train(folder: Path, corpus: Path, stage: int) -> Path:
     (folder / "model.yaml").write_text(MODEL)
     words = [f"model={folder}/model.yaml", f"data.path={corpus}", f"out_dir={folder}"]
     words += ["train.seq_len=32", "train.global_batch_tokens=256", "train.micro_batch_size=4"]
-    words += ["train.total_tokens=2560", "train.precision=fp32", "eval.every_tokens=0"]
+    words += ["train.total_tokens=2560", "train.precision=fp32", "eval.documents=0"]
     words += [f"zero.stage={stage}", f"name=stage{stage}"]
     script = REPOSITORY / "launch" / "train.py"
     code, output = finish(start(script, words, processes=2))

@@ -1,5 +1,6 @@
 """Any number of processes, killed or not, give one token store and one result."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,14 @@ def test_ranks_write_what_one_alone_writes(size, whole, tmp_path):
     results = by_ranks(size, tmp_path)
     assert contents(tmp_path) == whole
     assert all(result == results[0] for result in results)
+
+
+def test_one_process_evaluates_one_after_the_other(whole, tmp_path):
+    alone = Processes()
+    for _ in range(2):
+        evaluate(tmp_path, alone)
+        assert contents(tmp_path) == whole
+        shutil.rmtree(tmp_path / "tokens")
 
 
 @pytest.mark.parametrize("size", [1, 3])
