@@ -139,14 +139,16 @@ def check_room(passes: Sequence[Pass], max_tokens: int | None) -> None:
     for scoring in passes:
         needed = max(item.stop - 1 - (-1 if item.carry else item.start) for item in scoring.items)
         if max_tokens is not None and needed > max_tokens:
-            shorter = (
-                f"stream_tokens={max_tokens}"
-                if scoring.context is None and scoring.protocol == "stream"
-                else f"contexts up to {max_tokens} less span_tokens"
+            shorter = {
+                "stream": f"stream_tokens={max_tokens}",
+                "nonoverlap": f"window_tokens={max_tokens}",
+            }
+            advice = shorter.get(
+                protocols.family(scoring.protocol), f"contexts up to {max_tokens} less span_tokens"
             )
             raise ValueError(
                 f"{scoring.protocol}: needs {needed} tokens at once, and the model takes "
-                f"{max_tokens}; use {shorter}, or other protocols"
+                f"{max_tokens}; use {advice}, or other protocols"
             )
 
 
