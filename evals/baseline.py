@@ -65,6 +65,7 @@ def evaluate(
             "charges_specials": False,
         },
         "gates": [],
+        "cost": [],
         "metrics": derive(list(tables.values()), like.result["model"]["train_length"]),
     }
     return EvalRun(NAME, result, tables)

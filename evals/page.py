@@ -1,11 +1,15 @@
 """How a report looks: one HTML page without any file beside it, and the same as Markdown.
 
-What it says is put together in `evals.report`: a title, a summary, a figure, and sections of one
-table and a note each, all plain text.
+What it says is put together elsewhere (`evals.report`): a title, a summary, figures, and sections
+of one table and a note each, all plain text. The page may fetch nothing, and its own content policy
+says so to the browser. Figures are SVG images in `data:` addresses: as elements of the page, their
+names would clash. In dark mode they are inverted.
 """
 
+import base64
 import html
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from evals.compare import NO_DIFFERENCE
 
@@ -13,54 +17,95 @@ Row = list[str]
 Section = tuple[str, str, Row, list[Row]]
 """Heading, note, table header, table rows; left out when there are no rows."""
 
+
+class Picture(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+        svg: an `<svg>` element, for instance of `plots.to_svg`.
+        title: what it shows, for who cannot see it and where it is not loaded.
+        caption: below it; may be empty.
+        wide: takes the page's whole width, as a heat map may need.
+    """
+
+    svg: str
+    title: str
+    caption: str = ""
+    wide: bool = False
+
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
 _CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2328;
-  background: #fff; max-width: 1120px; margin: 2.5rem auto 4rem; padding: 0 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.12rem; margin: 2.4rem 0 .6rem; }
-p.lead { color: #57606a; margin: 0 0 1.2rem; } p.note { color: #57606a; font-size: 13px; }
+:root { color-scheme: light dark; --text: #1f2328; --soft: #57606a; --page: #fff; --code: #f6f8fa;
+  --line: #e5e7eb; --rule: #d0d7de; --good: #1a7f4b; --bad: #c4321c; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --soft: #9aa4af; --page: #0f1318; --code: #1b222b; --line: #262e38;
+    --rule: #3a4552; --good: #4cc38a; --bad: #ff8a70; }
+  figure img { filter: invert(.94) hue-rotate(180deg); } }
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--text);
+  background: var(--page); max-width: 1120px; margin: 2.5rem auto 4rem; padding: 0 1.5rem;
+  overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .3rem; }
+h2 { font-size: 1.12rem; margin: 2.4rem 0 .6rem; }
+p.lead { color: var(--soft); margin: 0 0 1.2rem; } p.note { color: var(--soft); font-size: 13px; }
 ul.summary { padding-left: 1.1rem; } ul.summary li { margin: .25rem 0; }
-figure { margin: 1.2rem 0; } figure svg { width: 100%; height: auto; }
-figcaption { color: #57606a; font-size: 13px; }
+div.figures { display: grid; gap: .5rem 1.2rem; margin: 1.2rem 0 .4rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+figure { margin: 0; } figure.wide { grid-column: 1 / -1; }
+figure img { display: block; width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: 13px; }
 div.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .75rem; border-bottom: 1px solid #e5e7eb; text-align: right;
+th, td { padding: .32rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
-th { color: #57606a; font-weight: 600; border-bottom: 2px solid #d0d7de; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.wrap { white-space: normal; text-align: left; }
-.ci { color: #6e7781; font-size: 12px; } .good { color: #1a7f4b; } .bad { color: #c4321c; }
-.even { color: #6e7781; }
-code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; background: #f6f8fa;
+th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--rule); }
+th:first-child, td:first-child, td.text { text-align: left; }
+td.wrap { white-space: normal; text-align: left; min-width: 16rem; }
+.good { color: var(--good); } .bad { color: var(--bad); } .even { color: var(--soft); }
+code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; background: var(--code);
   padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere; white-space: normal; }
+@media (max-width: 600px) { body { margin-top: 1.2rem; padding: 0 .9rem; } }
 """
-
-_CAPTION = (
-    "Shaded: 95 % over documents; over contexts a band that holds all of them at once. Dotted: the "
-    "training length. Bands of single curves overlap because books differ; whether two models "
-    "differ is read from the paired difference, which removes that."
-)
 
 
 def to_html(
-    title: str, lead: str, summary: Sequence[str], svg: str, sections: Sequence[Section]
+    title: str,
+    lead: str,
+    summary: Sequence[str],
+    pictures: Sequence[Picture],
+    sections: Sequence[Section],
+    caption: str = "",
 ) -> str:
-    """The whole page. `summary` is one line each, `svg` the figure."""
+    """The whole page. `summary` is one line each, `caption` stands below all pictures."""
     items = "".join(f"<li>{html.escape(line)}</li>" for line in summary)
-    figure = f"<figure>{svg}<figcaption>{_CAPTION}</figcaption></figure>"
     body = [
         f"<h1>{html.escape(title)}</h1><p class='lead'>{html.escape(lead)}</p>",
-        f"<ul class='summary'>{items}</ul>{figure}",
+        f"<ul class='summary'>{items}</ul>",
     ]
+    if pictures:
+        body.append(f"<div class='figures'>{''.join(map(_html_picture, pictures))}</div>")
+        body.append(f"<p class='note'>{_html_note(caption)}</p>" if caption else "")
     for heading, note, header, rows in sections:
         if rows:
             body.append(f"<h2>{html.escape(heading)}</h2>{_html_table(header, rows)}")
             body.append(f"<p class='note'>{_html_note(note)}</p>" if note else "")
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>"
         f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _html_picture(picture: Picture) -> str:
+    content = base64.b64encode(picture.svg.encode()).decode()
+    caption = f"<figcaption>{html.escape(picture.caption)}</figcaption>" if picture.caption else ""
+    return (
+        f"<figure{' class=wide' if picture.wide else ''}>"
+        f"<img alt='{html.escape(picture.title)}' src='data:image/svg+xml;base64,{content}'>"
+        f"{caption}</figure>"
     )
 
 
@@ -73,24 +118,24 @@ def _html_table(header: Row, rows: Sequence[Row]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     lines = ["<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows]
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f"<div class='scroll'>{table}</div>"
+    return f"<div class='scroll' tabindex='0'>{table}</div>"
 
 
 def _html_cell(cell: str) -> str:
     text = html.escape(cell)
-    if cell in ("passed", "it gains") or cell.endswith(" better"):
-        return f"<td class='text good'>{text}</td>"
+    if cell in ("passed", "it gains") or " better" in cell:
+        return f"<td class='{'wrap' if len(cell) > 40 else 'text'} good'>{text}</td>"
     if cell in ("FAILED", "it degrades"):
         return f"<td class='text bad'>{text}</td>"
     if cell == NO_DIFFERENCE:
         return f"<td class='text even'>{text}</td>"
     if len(cell) > 60:
-        return f"<td class='wrap'><code>{text}</code></td>"
+        return f"<td class='wrap'>{text if ' ' in cell else f'<code>{text}</code>'}</td>"
     return f"<td>{text}</td>"
 
 
 def to_markdown(title: str, lead: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
-    """The same as Markdown, with the figure as report.png beside it."""
+    """The same as Markdown, with the figures as report.png beside it."""
     lines = [f"# {title}", "", lead, "", *(f"- {line}" for line in summary), ""]
     lines += ["![curves](report.png)", ""]
     for heading, note, header, rows in sections:
@@ -101,3 +146,13 @@ def to_markdown(title: str, lead: str, summary: Sequence[str], sections: Sequenc
         lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
         lines += ["", note, ""] if note else [""]
     return "\n".join(lines)
+
+
+def to_text(header: Row, rows: Sequence[Row]) -> str:
+    """A table for the terminal: columns of one width, the last one ragged."""
+    lines = [header, *rows]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(header) - 1)]
+    return "\n".join(
+        "  ".join([*(c.rjust(w) for c, w in zip(line[:-1], widths, strict=True)), line[-1]])
+        for line in lines
+    )

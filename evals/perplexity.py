@@ -341,28 +341,29 @@ def curve_bands(
     """The simultaneous bands of all curves over contexts.
 
     Args:
-        tables: passes; those of one protocol with several settings are the points of one curve.
+        tables: passes; those of one protocol with several settings are the points of one curve, and
+            so are the same passes of several pairs of models.
         measured: for each table, what was measured there, by metric.
 
     Returns:
         For each table, by metric, its edges of the band that holds the whole curve at once; nothing
         where the pass is no point of a curve, or there is one document.
     """
-    families: dict[str, list[int]] = {}
+    curves: dict[tuple[str, str], list[int]] = {}
     for k, table in enumerate(tables):
-        families.setdefault(protocols.family(table.meta["protocol"]), []).append(k)
+        for metric in measured[k]:
+            curves.setdefault((protocols.family(table.meta["protocol"]), metric), []).append(k)
     bands: list[dict[str, tuple[float, float]]] = [{} for _ in tables]
-    for curve in families.values():
+    for (_, metric), curve in curves.items():
         if len(curve) == 1:
             continue
-        for metric in set.intersection(*(set(measured[k]) for k in curve)):
-            sums, weights = (
-                np.stack([measured[k][metric][side] for k in curve], axis=1) for side in (0, 1)
-            )
-            band = stats.simultaneous_band(sums, weights)
-            if band is not None:
-                for k, (low, high) in zip(curve, band.tolist(), strict=True):
-                    bands[k][metric] = (low, high)
+        sums, weights = (
+            np.stack([measured[k][metric][side] for k in curve], axis=1) for side in (0, 1)
+        )
+        band = stats.simultaneous_band(sums, weights)
+        if band is not None:
+            for k, (low, high) in zip(curve, band.tolist(), strict=True):
+                bands[k][metric] = (low, high)
     return bands
 
 

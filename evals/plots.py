@@ -6,6 +6,7 @@ Figures are drawn from `result.json` records, one or several runs on one plot; t
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -53,11 +54,18 @@ class Difference(NamedTuple):
     points: list[dict[str, Any]]
 
 
-def curve_figure(
+class Panel(NamedTuple):
+    """One plot: what it shows in words, and what draws it."""
+
+    title: str
+    draw: Callable[[Axes], None]
+
+
+def curve_panels(
     results: Sequence[Result],
     reference: dict[str, Any] | None = None,
     differences: Sequence[Difference] = (),
-) -> Figure:
+) -> list[Panel]:
     """Bits per byte, paired difference, gain, and loss by position: what the runs have of these.
 
     Args:
@@ -66,32 +74,48 @@ def curve_figure(
             as a horizontal line.
         differences: the first run minus each other one; single curves' intervals are far wider.
     """
-    panels: list[Callable[[Axes, Sequence[Result]], None]] = [
-        draw
-        for draw, needed in (
-            (_draw_bpb, [("bpb", "fixed")]),
-            (_draw_gain, [("gain", "fixed")]),
-            (_draw_position, [("nll_at_position", "stream"), ("nll_at_position", "position")]),
-        )
-        if any(series(result, *key) for result in results for key in needed)
-    ]
+
+    def any_has(name: str, *protocols: str) -> bool:
+        return any(series(result, name, p) for result in results for p in protocols)
+
+    panels = []
+    if any_has("bpb", "fixed"):
+        panels.append(Panel("Bits per byte over context", partial(_draw_bpb, results, reference)))
     if differences:
-        panels.insert(1, lambda axis, _: _draw_differences(axis, differences))
+        panels.append(
+            Panel("Paired differences over context", partial(_draw_differences, differences))
+        )
+    if any_has("gain", "fixed"):
+        panels.append(Panel("Gain from context", partial(_draw_gain, results)))
+    if any_has("nll_at_position", "stream", "position"):
+        panels.append(Panel("Loss by position in the document", partial(_draw_position, results)))
+    return panels
+
+
+def draw(panels: Sequence[Panel], results: Sequence[Result]) -> Figure:
+    """The panels as one figure, the training length marked in each."""
     with matplotlib.rc_context(STYLE):
         columns = 2 if len(panels) == 4 else max(len(panels), 1)
         rows = -(-len(panels) // columns) or 1
         figure = Figure(figsize=(4.6 * columns, 3.7 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axis, draw in zip(axes, panels, strict=False):
-            draw(axis, results)
+        for axis, panel in zip(axes, panels, strict=False):
+            panel.draw(axis)
             _mark_training_length(axis, results)
-            if draw is _draw_bpb and reference:
-                _draw_reference(axis, reference)
             axis.legend(loc="best", fontsize=9)
         if not panels:
             axes[0].set_axis_off()
             axes[0].text(0.5, 0.5, "no curve: fixed, position and stream have one", ha="center")
     return figure
+
+
+def curve_figure(
+    results: Sequence[Result],
+    reference: dict[str, Any] | None = None,
+    differences: Sequence[Difference] = (),
+) -> Figure:
+    """All of `curve_panels` in one figure."""
+    return draw(curve_panels(results, reference, differences), results)
 
 
 def streaming_figure(models: Sequence[dict[str, Any]]) -> Figure:
@@ -144,7 +168,7 @@ def to_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _draw_bpb(axis: Axes, results: Sequence[Result]) -> None:
+def _draw_bpb(results: Sequence[Result], reference: dict[str, Any] | None, axis: Axes) -> None:
     for result, colour in zip(results, _colours(results), strict=True):
         metrics = series(result, "bpb")
         _line(axis, [m["context"] for m in metrics], metrics, result["name"], colour)
@@ -153,9 +177,11 @@ def _draw_bpb(axis: Axes, results: Sequence[Result]) -> None:
     tokenizers = {result["tokenizer"]["sha256"] for result in results}
     same = "same target tokens" if len(tokenizers) == 1 else "each tokenizer's own target tokens"
     axis.set_title(f"Loss over context, {same}")
+    if reference:
+        _draw_reference(axis, reference)
 
 
-def _draw_differences(axis: Axes, differences: Sequence[Difference]) -> None:
+def _draw_differences(differences: Sequence[Difference], axis: Axes) -> None:
     for k, difference in enumerate(differences):
         colour = COLOURS[(k + 1) % len(COLOURS)]  # that of the run in the other panels
         contexts = [point["context"] for point in difference.points]
@@ -166,7 +192,7 @@ def _draw_differences(axis: Axes, differences: Sequence[Difference]) -> None:
     axis.set_title("Paired difference, below 0: the first is better")
 
 
-def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
+def _draw_gain(results: Sequence[Result], axis: Axes) -> None:
     baseline = None
     for result, colour in zip(results, _colours(results), strict=True):
         metrics = series(result, "gain")
@@ -182,7 +208,7 @@ def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
     axis.set_title(f"Gain over {baseline} tokens, above 0: context helps")
 
 
-def _draw_position(axis: Axes, results: Sequence[Result]) -> None:
+def _draw_position(results: Sequence[Result], axis: Axes) -> None:
     for result, colour in zip(results, _colours(results), strict=True):
         protocol = "stream" if series(result, "nll_at_position", "stream") else "position"
         # The first token's bucket [0, 1) has no place on a log axis and its loss no context.

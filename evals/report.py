@@ -2,68 +2,109 @@
 
 `report.html` needs no network and no file beside it: figures are inline SVG, fonts the system's.
 It shows what was measured whatever it says: what the runs are, curves with intervals, a verdict at
-each context, the n-gram's line, gates, cost per length, and where everything came from.
+each context, the n-gram's line, gates, cost per length, what each metric is, and where everything
+came from.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evals import page, plots
-from evals.compare import NO_DIFFERENCE, EvalRun, Verdict, compare
-from evals.page import Row
+from evals.compare import NO_DIFFERENCE, Comparison, EvalRun, Verdict, allowed
+from evals.page import Picture, Row, Section
 from evals.stats import RESOLUTION, sign_of
 from evals.store import write_bytes
 
+_CAPTION = (
+    "Shaded: 95 % over documents; over contexts a band that holds all of them at once. Dotted: the "
+    "training length. Bands of single curves overlap because books differ; whether two models "
+    "differ is read from the paired difference, which removes that."
+)
 
-def write(runs: Sequence[EvalRun], out_dir: Path, ngram: EvalRun | None = None) -> Path:
-    """Writes report.html and report.md.
+DEFINITIONS = {
+    "nll": "summed loss over tokens, natural logarithm, fp32 log-softmax; EOS included",
+    "bpb": "bits per byte: summed loss of the tokens that stand for text over ln 2 and their bytes",
+    "token ppl": "exp(nll); compares under one tokenizer only",
+    "word ppl": "exp of the loss of text per word; words as lm-eval counts them, white-space runs "
+    "plus one",
+    "gain": "nll behind the smallest context minus nll behind this one, of the same targets",
+    "fixed(T)": "the same target spans of T tokens for every context, each preceded by exactly "
+    "that many tokens of its document",
+    "position": "one forward from the start of each document",
+    "stream": "state carried through the document in segments; every token scored once",
+    "nonoverlap(L)": "windows of L tokens, each seeing only itself: lm-eval's rolling windows",
+    "sliding(S)": "windows of `context` tokens, each S further, scoring what none before it did",
+    "truncate(L)": "the first L tokens of each document alone",
+    "95 %": "over documents: clustered, Student's t; of a difference paired by document",
+    "simultaneous 95 %": "a band that holds all contexts of a protocol, and all pairs of models "
+    "that are compared, at once: the 95 % quantile of the largest |t| over bootstrap draws of "
+    "documents (Bonferroni's below 20 documents)",
+    "between seeds": "Welch's 95 % interval of the difference over trainings, the documents held "
+    "fixed; of one context and pair alone",
+}
+
+
+def write(
+    runs: Sequence[EvalRun],
+    out_dir: Path,
+    comparisons: Sequence[Comparison] = (),
+    allow: Sequence[str] = (),
+    more: Sequence[Picture] = (),
+) -> Path:
+    """Writes report.html, report.md and report.png.
 
     Args:
-        runs: one or several; the first is what the others are compared with.
+        runs: one or several, the n-gram among them.
         out_dir: where the files go.
-        ngram: the n-gram evaluated on the same targets.
+        comparisons: what `compare` said of them.
+        allow: what was let pass there.
+        more: further pictures, such as heat maps.
 
     Returns:
         The path of report.html.
 
     Raises:
-        ValueError: runs cannot be compared, have the same name, or a gate of theirs failed.
+        ValueError: runs have the same name, or a gate of theirs failed.
     """
     names = [run.name for run in runs]
     if not runs or len(set(names)) != len(names):
         raise ValueError(f"runs={','.join(names) or 'none'}: at least one, each with its own name")
-    failed = [run.name for run in runs if not all(g["passed"] for g in run.result["gates"])]
+    failed = [t.name for t in _trainings(runs) if not all(g["passed"] for g in t.result["gates"])]
     if failed:
         raise ValueError(f"gates failed in {', '.join(failed)}: there is nothing to report")
-    comparisons = _comparisons(runs, ngram)
-    summary = findings(runs, ngram)
-    figure = plots.curve_figure(
-        [run.result for run in runs], _reference(ngram), _differences(comparisons[: len(runs) - 1])
-    )
-    sections = [
-        ("Runs", *_runs_table(runs)),
-        ("Bits per byte by context", *_level_table(runs, ngram)),
-        *(
-            (f"Verdict: {a.name} against {b.name}", *_verdict_table(a, b, verdicts))
-            for a, b, verdicts in comparisons
-        ),
-        ("Gains from context", *_gain_table(runs)),
-        ("Gates", *_gate_table(runs)),
-        ("Cost", *_cost_table(runs)),
+    models = [run for run in runs if run.charges_specials]
+    results = [run.result for run in models]
+    reference = _reference([run for run in runs if not run.charges_specials])
+    panels = plots.curve_panels(results, reference, _differences(comparisons, models[0]))
+    pictures = [
+        Picture(plots.to_svg(plots.draw([panel], results)), panel.title) for panel in panels
+    ]
+    sections: list[Section] = [
+        ("Runs", *_runs_table(models)),
+        ("Bits per byte by context", *level_table(runs, comparisons)),
+        ("Perplexity", *_perplexity_table(models)),
+        ("Paired differences", *_verdict_table(comparisons)),
+        ("Seeds", *_seed_table(models)),
+        ("Gains from context", *_gain_table(models)),
+        ("Gates", *_gate_table(models)),
+        ("Cost", *_cost_table(models)),
+        ("Definitions", "", ["term", "meaning"], [[k, v] for k, v in DEFINITIONS.items()]),
         ("Provenance", *_provenance_table(runs)),
     ]
     title = "Perplexity against context length: " + ", ".join(names)
-    content = page.to_html(title, _lead(runs), summary, plots.to_svg(figure), sections)
+    lead, summary = _lead(models), findings(runs, comparisons, allow)
+    content = page.to_html(title, lead, summary, [*pictures, *more], sections, _CAPTION)
     write_bytes(out_dir / "report.html", content.encode())
-    write_bytes(out_dir / "report.png", plots.to_png(figure))
-    write_bytes(
-        out_dir / "report.md", page.to_markdown(title, _lead(runs), summary, sections).encode()
-    )
+    write_bytes(out_dir / "report.png", plots.to_png(plots.draw(panels, results)))
+    write_bytes(out_dir / "report.md", page.to_markdown(title, lead, summary, sections).encode())
     return out_dir / "report.html"
 
 
-Comparison = tuple[EvalRun, EvalRun, list[Verdict]]
+def _trainings(runs: Sequence[EvalRun]) -> list[EvalRun]:
+    return [training for run in runs for training in run.trainings]
 
 
 def _lead(runs: Sequence[EvalRun]) -> str:
@@ -81,17 +122,12 @@ def _lead(runs: Sequence[EvalRun]) -> str:
     )
 
 
-def _comparisons(runs: Sequence[EvalRun], ngram: EvalRun | None) -> list[Comparison]:
-    """The first run against each other one, and every run against the n-gram."""
-    pairs = [(runs[0], other) for other in runs[1:]]
-    pairs += [(run, ngram) for run in runs if ngram]
-    return [(a, b, compare(a, b)) for a, b in pairs]
-
-
-def findings(runs: Sequence[EvalRun], ngram: EvalRun | None = None) -> list[str]:
+def findings(
+    runs: Sequence[EvalRun], comparisons: Sequence[Comparison], allow: Sequence[str] = ()
+) -> list[str]:
     """What was found, in words, one line each."""
-    lines = []
-    for a, b, verdicts in _comparisons(runs, ngram):
+    lines = [f"ALLOWED although it differs: {difference}." for difference in allowed(runs, allow)]
+    for a, b, verdicts in comparisons:
         bpb = [v for v in verdicts if v.metric == "bpb"]
         groups: dict[str, list[Verdict]] = {}
         for v in bpb:
@@ -104,7 +140,8 @@ def findings(runs: Sequence[EvalRun], ngram: EvalRun | None = None) -> list[str]
         found += [f"{v.verdict} in stream{_by([v])}" for v in bpb if v.protocol == "stream"]
         if found:
             lines.append(f"{a.name} against {b.name}, by context: {'; '.join(found)}.")
-    for run in runs:
+    models = [run for run in runs if run.charges_specials]
+    for run in models:
         beyond = plots.series(run.result, "gain_beyond_training")
         if beyond:
             lines.append(_gain_sentence(run, beyond[-1]))
@@ -112,7 +149,7 @@ def findings(runs: Sequence[EvalRun], ngram: EvalRun | None = None) -> list[str]
             lines.append(
                 f"{run.name}: its tokenizer loses text; bytes are those that its tokens decode to."
             )
-    n_gates = sum(len(run.result["gates"]) for run in runs)
+    n_gates = sum(len(training.result["gates"]) for training in _trainings(models))
     lines.append(f"All {n_gates} gates passed.")
     if any(m["n_docs_low"] for run in runs for m in run.result["metrics"]):
         lines.append("Some numbers rest on fewer than 20 documents; they are marked (few).")
@@ -145,15 +182,16 @@ def _gain_words(metric: dict[str, Any]) -> str:
     return words[sign_of(metric["value"], metric["band95"])]
 
 
-def _reference(ngram: EvalRun | None) -> dict[str, Any] | None:
-    if ngram is None:
-        return None
-    levels = plots.series(ngram.result, "bpb")
-    return {**levels[-1], "name": ngram.name} if levels else None
+def _reference(references: Sequence[EvalRun]) -> dict[str, Any] | None:
+    """The n-gram's line."""
+    for run in references:
+        if levels := plots.series(run.result, "bpb"):
+            return {**levels[-1], "name": run.name}
+    return None
 
 
-def _differences(comparisons: Sequence[Comparison]) -> list[plots.Difference]:
-    """Bits per byte of the first run minus the other, by context: the sign of the tables."""
+def _differences(comparisons: Sequence[Comparison], first: EvalRun) -> list[plots.Difference]:
+    """Bits per byte of the first run minus each other one, by context: the sign of the tables."""
     differences = []
     for a, b, verdicts in comparisons:
         points = [
@@ -166,7 +204,7 @@ def _differences(comparisons: Sequence[Comparison]) -> list[plots.Difference]:
             for v in verdicts
             if v.metric == "bpb" and v.protocol.startswith("fixed")
         ]
-        if points:
+        if points and a is first and b.charges_specials:
             differences.append(plots.Difference(f"{a.name} - {b.name}", points))
     return differences
 
@@ -180,6 +218,7 @@ def _runs_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
             rows.append(
                 [
                     run.name,
+                    ", ".join(str(t.result["model"].get("seed", "")) for t in run.trainings),
                     _count(model["parameters"]),
                     _count(model["trained_tokens"]),
                     _count(model["train_length"]),
@@ -187,33 +226,79 @@ def _runs_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
                     model["layers"],
                 ]
             )
-    header = ["run", "parameters", "trained tokens", "segment", "data order", "layers"]
-    return "One training run each, from one seed.", header, rows
+    header = ["run", "seeds", "parameters", "trained tokens", "segment", "data order", "layers"]
+    return "Losses are means over the seeds, token by token.", header, rows
 
 
-def _level_table(runs: Sequence[EvalRun], ngram: EvalRun | None) -> tuple[str, Row, list[Row]]:
-    everyone = [*runs, *([ngram] if ngram else [])]
+def level_table(
+    runs: Sequence[EvalRun], comparisons: Sequence[Comparison] = (), *, brief: bool = False
+) -> tuple[str, Row, list[Row]]:
+    """Note, header and rows: every run's bits per byte, and who is better, one row per pass.
+
+    Args:
+        runs: the columns.
+        comparisons: between them.
+        brief: for the terminal: no intervals, the spread between seeds only.
+    """
     rows = []
     for record in runs[0].result["protocols"]:
         row = [record["id"], _count(record["context"]), _count(record["n_tokens"])]
-        for run in everyone:
-            row.append(_cell(_metric(run, "bpb", record)))
         for run in runs:
-            row.append(_plain(_metric(run, "token_ppl", record)))
-            row.append(_plain(_metric(run, "word_ppl", record)))
-        rows.append(row)
+            metric = _metric(run, "bpb", record)
+            row.append((_plain(metric, 4) if brief else _cell(metric)) + _spread(run, record))
+        rows.append([*row, *([_ranking(comparisons, record["pass"])] if comparisons else [])])
     note = (
         "`fixed(T)`: the same target spans for every context, each preceded by exactly that many "
-        "tokens of its document. The other protocols score other tokens: compare along a row. Word "
-        "perplexity only where all of the text was scored; its words are lm-eval's."
+        "tokens of its document. The other protocols score other tokens: compare along a row."
     )
+    if any(run.seeds for run in runs):
+        note += " Behind ±: the standard deviation between seeds."
     if len({run.result["tokenizer"]["sha256"] for run in runs}) > 1:
         note += " Tokenizers differ: rows of `fixed` score other text in each column."
-    note += _phase_note(runs)
-    header = ["protocol", "context", "tokens", *(f"{run.name} bpb" for run in everyone)]
+    note += _phase_note([run for run in runs if run.charges_specials])
+    header = ["protocol", "context", "tokens", *(f"{run.name} bpb" for run in runs)]
+    return note, [*header, *(["verdict"] if comparisons else [])], rows
+
+
+def _ranking(comparisons: Sequence[Comparison], pass_name: str) -> str:
+    """Who is better than whom in a pass, in words."""
+    beaten: dict[tuple[str, str], list[str]] = {}
+    for a, b, verdicts in comparisons:
+        for v in verdicts:
+            if (v.pass_name, v.metric) == (pass_name, "bpb") and v.sign:
+                better, worse = (a, b) if v.sign < 0 else (b, a)
+                doubt = " (within seeds)" if v.verdict.endswith("within seeds") else ""
+                beaten.setdefault((better.name, doubt), []).append(worse.name)
+    found = [f"{name} better than {', '.join(w)}{doubt}" for (name, doubt), w in beaten.items()]
+    return "; ".join(found) or NO_DIFFERENCE
+
+
+def _perplexity_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
+    rows = []
+    for record in runs[0].result["protocols"]:
+        row = [record["id"], _count(record["context"])]
+        for run in runs:
+            row.append(_plain(_metric(run, "token_ppl", record), 2))
+            row.append(_plain(_metric(run, "word_ppl", record), 2))
+        rows.append(row)
+    header = ["protocol", "context"]
     for run in runs:
         header += [f"{run.name} token ppl", f"{run.name} word ppl"]
+    note = "Word perplexity only where all of the text was scored; its words are lm-eval's."
     return note, header, rows
+
+
+def _seed_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
+    """Each seed's own numbers; empty where every run is one training."""
+    rows = []
+    for run in runs:
+        for record in run.result["protocols"] if run.seeds else []:
+            values = [seed.level(record["pass"], "bpb") for seed in run.seeds]
+            listed = ", ".join(f"{value:.4f}" for value in values)
+            spread = f"{np.std(values, ddof=1):.4f}"
+            rows.append([run.name, record["id"], _count(record["context"]), listed, spread])
+    note = "Of trainings that differ in the seed alone, on the same documents."
+    return note, ["run", "protocol", "context", "bpb of each seed", "standard deviation"], rows
 
 
 def _phase_note(runs: Sequence[EvalRun]) -> str:
@@ -232,33 +317,44 @@ def _phase_note(runs: Sequence[EvalRun]) -> str:
     )
 
 
-def _verdict_table(a: EvalRun, b: EvalRun, verdicts: list[Verdict]) -> tuple[str, Row, list[Row]]:
+def _verdict_table(comparisons: Sequence[Comparison]) -> tuple[str, Row, list[Row]]:
     rows = []
-    for v in verdicts:
-        d = v.difference
-        interval = f"{d.ci95[0]:+.4f} .. {d.ci95[1]:+.4f}" if d.ci95 else "one document"
-        band = f"{v.band95[0]:+.4f} .. {v.band95[1]:+.4f}" if v.band95 else ""
-        few = " (few)" if d.n_docs_low else ""
-        rows.append(
-            [
-                v.protocol,
-                _count(v.context),
-                v.metric,
-                f"{d.value:+.4f}",
-                interval,
-                band,
-                f"{d.n_docs}{few}",
-                v.verdict,
-            ]
-        )
+    for a, b, verdicts in comparisons:
+        for v in verdicts:
+            d = v.difference
+            rows.append(
+                [
+                    f"{a.name} - {b.name}",
+                    v.protocol,
+                    _count(v.context),
+                    v.metric,
+                    f"{d.value:+.4f}",
+                    _interval(d.ci95) or "one document",
+                    _interval(v.band95),
+                    _interval(v.between_seeds),
+                    f"{d.n_docs}{' (few)' if d.n_docs_low else ''}",
+                    v.verdict,
+                ]
+            )
+    pairs = len(comparisons)
+    seeds = any(v.between_seeds for _, _, verdicts in comparisons for v in verdicts)
     note = (
-        f"Paired by document; negative: {a.name} is better. A winner is named only where the "
-        "interval excludes zero and the difference is above rounding (1e-4); where a protocol has "
-        "several contexts, only where the band that holds all of them at once does. One training "
-        "run each: the spread between seeds is not in it."
+        "Paired by document; negative: the first of the pair is better. A winner is named only "
+        "where the simultaneous band, which holds all contexts of the protocol"
+        f"{f' and all {pairs} pairs' if pairs > 1 else ''} at once, excludes zero and the "
+        "difference is above rounding (1e-4). "
     )
-    header = ["protocol", "context", "metric", "difference", "95 %", "simultaneous 95 %"]
-    return note, [*header, "documents", "verdict"], rows
+    note += (
+        "`within seeds`: these trainings differ, but seeds differ as much."
+        if seeds
+        else "One training each: the spread between seeds is not in it."
+    )
+    header = ["pair", "protocol", "context", "metric", "difference", "95 %", "simultaneous 95 %"]
+    header += ["between seeds", "documents", "verdict"]
+    if not seeds:
+        header.remove("between seeds")
+        rows = [row[:7] + row[8:] for row in rows]
+    return note, header, rows
 
 
 def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
@@ -272,7 +368,7 @@ def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
                         run.name,
                         f"{_count(m['baseline_context'])} to {_count(m['context'])}",
                         f"{m['value']:+.4f}",
-                        f"{band[0]:+.4f} .. {band[1]:+.4f}" if band else "one document",
+                        _interval(band) or "one document",
                         _gain_words(m),
                     ]
                 )
@@ -286,7 +382,7 @@ def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
 
 def _gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     rows = []
-    for run in runs:
+    for run in _trainings(runs):
         names = dict.fromkeys(gate["name"] for gate in run.result["gates"])
         for name in names:
             group = [gate for gate in run.result["gates"] if gate["name"] == name]
@@ -301,13 +397,14 @@ def _gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
 
 def _cost_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     rows = []
-    for run in runs:
+    for run in _trainings(runs):
         for cost in run.result["cost"]:
             memory = f"{cost['peak_memory_bytes'] / 2**20:,.0f} MiB ({cost['peak_memory_of']})"
             rows.append(
                 [
                     run.name,
                     cost["pass"],
+                    _count(cost["context"]),
                     f"{cost['input_tokens']:,}",
                     f"{cost['seconds']:.2f}",
                     f"{cost['tokens_per_second']:,.0f}",
@@ -315,10 +412,15 @@ def _cost_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
                 ]
             )
     note = "Forward passes only, as scored; peak memory of a process never falls."
-    return note, ["run", "pass", "input tokens", "seconds", "tokens/s", "peak memory"], rows
+    return (
+        note,
+        ["run", "pass", "context", "input tokens", "seconds", "tokens/s", "peak memory"],
+        rows,
+    )
 
 
 def _provenance_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
+    runs = _trainings(runs)
     facts: list[tuple[str, list[str]]] = []
     for section in ("model", "tokenizer", "data", "policy", "env"):
         keys = dict.fromkeys(key for run in runs for key in run.result[section])
@@ -355,8 +457,19 @@ def _cell(metric: dict[str, Any] | None) -> str:
     return f"{metric['value']:.4f} [{metric['ci95'][0]:.3f}, {metric['ci95'][1]:.3f}]{few}"
 
 
-def _plain(metric: dict[str, Any] | None) -> str:
-    return f"{metric['value']:.2f}" if metric else "-"
+def _spread(run: EvalRun, record: dict[str, Any]) -> str:
+    """Standard deviation between seeds; nothing for one training."""
+    if not run.seeds or record["pass"] not in run.tables:
+        return ""
+    return f" ±{np.std([seed.level(record['pass'], 'bpb') for seed in run.seeds], ddof=1):.4f}"
+
+
+def _plain(metric: dict[str, Any] | None, digits: int) -> str:
+    return f"{metric['value']:.{digits}f}" if metric else "-"
+
+
+def _interval(edges: Sequence[float] | None) -> str:
+    return f"{edges[0]:+.4f} .. {edges[1]:+.4f}" if edges else ""
 
 
 def _count(value: int | None) -> str:

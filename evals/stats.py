@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import t as student_t
+from scipy.stats import ttest_ind
 
 LOW_DOCUMENTS = 20
 """Below this many documents an interval is printed but marked `n_docs_low`."""
@@ -146,6 +147,17 @@ def _bootstrap_t(sums: np.ndarray, weights: np.ndarray, draws: int, seed: int) -
         spread = np.sqrt(n / (n - 1) * np.maximum(rr - 2 * off * rw + off**2 * ww, 0)) / total
         parts.append(np.divide(off, spread, out=np.zeros_like(off), where=spread > 0))
     return np.concatenate(parts)
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of mean(a) - mean(b) under unequal spread; None where a side has one value."""
+    if min(len(a), len(b)) < 2:
+        return None
+    if np.ptp(a) == np.ptp(b) == 0:
+        difference = float(np.mean(a) - np.mean(b))
+        return difference, difference
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
 
 
 def per_document(doc: np.ndarray, values: np.ndarray, n_docs: int) -> np.ndarray:

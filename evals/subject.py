@@ -17,6 +17,7 @@ from evals.huggingface import HuggingFaceScorer, HuggingFaceTokenizer, encode_do
 from evals.models import LanguageModelScorer
 from evals.processes import Processes, join
 from evals.score import ScoredModel
+from evals.seeds import recipe_sha256
 from pretrain.command_line import choose_device
 from pretrain.training.environment import git_commit
 from pretrain.training.load import load_model
@@ -112,6 +113,7 @@ def open_subject(arguments: SubjectArguments) -> Subject:
             "trained_steps": checkpoint["step"],
             "trained_tokens": checkpoint["tokens"],
             "seed": config.seed,
+            "recipe_sha256": recipe_sha256(config),
             "layers": " ".join(config.model.layer_names()),
             "training_path": config.data.path,
             "training_split": config.data.train_split,

@@ -1,17 +1,16 @@
-"""Evaluates a trained model, reports on evaluated ones, or measures what context costs.
+"""Evaluates a trained model, compares training curves, or measures what context costs.
 
     python launch/evaluate.py run=runs/NAME suite=perplexity contexts=64..8192
     torchrun --nproc_per_node=4 launch/evaluate.py run=runs/NAME suite=all
     python launch/evaluate.py rebuild run=runs/NAME suite=perplexity
-    python launch/evaluate.py report runs/A runs/B out=runs/report ngram=true
     python launch/evaluate.py curves runs/rows/* out=runs/rows_curves baseline=swa_tiny
     python launch/evaluate.py streaming models=swa_tiny,bst_tiny out=runs/streaming
 
 The first writes runs/NAME/eval/SUITE/ (for perplexity result.json, curve.csv, curve.png,
 report.html, tokens/*.npz); a second call rescores nothing that is there, after an interruption
-either, and several processes, under torchrun or deepspeed, share the documents. `rebuild` derives
-all files anew from those of the first, without the model. `report` puts several runs on one page
-and prints its path last. `curves` compares the training curves of a sweep (launch/sweep.py):
+either, and several processes, under torchrun or deepspeed, share the documents. launch/compare.py
+compares what several runs left. `rebuild` derives all files anew from those of the first, without
+the model. `curves` compares the training curves of a sweep (launch/sweep.py):
 curves.png, rows.csv, rows.md. `streaming` needs no run: it measures the models of configs/model/ on
 the CPU (OMP_NUM_THREADS=1: on one core; evals/streaming.py names two more settings for the C
 library's memory) and writes streaming.md, .json, .csv and .png. Exit codes: 0 done, 1 a model that
@@ -29,10 +28,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.shards import Corpus
-from evals import baseline, compare, curves, perplexity_suite, report, streaming
-from evals.compare import EvalRun
-from evals.documents import from_corpus
+from evals import curves, perplexity_suite, streaming
 from evals.gates import GateFailure
 from evals.perplexity_suite import PerplexityArguments
 from evals.processes import ProcessLost
@@ -44,15 +40,6 @@ from pretrain.models import LanguageModel
 from pretrain.training.manifest import CheckpointError
 
 GROWS, BAD_INPUT, GATE_FAILED, PROCESS_LOST = 1, 2, 3, 4
-
-
-@dataclass
-class ReportArguments:
-    """Everything `evaluate.py report RUN ...` understands."""
-
-    out: str = ""
-    ngram: bool = False
-    suite: str = "perplexity"
 
 
 @dataclass
@@ -115,12 +102,10 @@ def main(argv: list[str]) -> int:
     # Appended by the deepspeed launcher; the environment has it, too.
     argv = [word for word in argv if not word.startswith("--local_rank")]
     try:
-        if argv[0] in ("report", "curves"):
+        if argv[0] == "curves":
             positional = [word for word in argv[1:] if "=" not in word]
             options = [word for word in argv[1:] if "=" in word]
-            if argv[0] == "curves":
-                return compare_curves(positional, parse(CurvesArguments, options))
-            return report_runs(positional, parse(ReportArguments, options))
+            return compare_curves(positional, parse(CurvesArguments, options))
         if argv[0] == "rebuild":
             return rebuild(parse(RebuildArguments, argv[1:]))
         if argv[0] == "streaming":
@@ -178,19 +163,6 @@ def parse_for(suites: dict[str, Suite], words: list[str]) -> list[Any]:
     ]
 
 
-def report_runs(paths: list[str], arguments: ReportArguments) -> int:
-    """Puts evaluated runs on one page."""
-    if not paths or not arguments.out:
-        raise ValueError("report needs runs and out=; use report runs/A runs/B out=runs/report")
-    runs = [compare.load(Path(path), arguments.suite) for path in paths]
-    out_dir = Path(arguments.out)
-    ngram = evaluate_ngram(runs[0], out_dir) if arguments.ngram else None
-    page = report.write(runs, out_dir, ngram)
-    print("\n".join(report.findings(runs, ngram)))
-    print(page)
-    return 0
-
-
 def rebuild(arguments: RebuildArguments) -> int:
     """Derives a suite's results anew from what is stored; loads no model."""
     check_suite(arguments.suite, SUITES)
@@ -246,17 +218,6 @@ def measure_streaming(arguments: StreamingArguments, command: str) -> int:
         streaming.write(measurements, options, Path(arguments.out), command)
     print(streaming.table(measurements), end="")
     return 0 if all(m.passed for m in measurements) else GROWS
-
-
-def evaluate_ngram(run: EvalRun, out_dir: Path) -> EvalRun:
-    """The n-gram on a run's targets, from the corpus that the run was evaluated on."""
-    data, model = run.result["data"], run.result["model"]
-    return baseline.evaluate(
-        from_corpus(Corpus.open(data["path"], data["split"]), data["limit"]),
-        from_corpus(Corpus.open(model["training_path"], model["training_split"])),
-        run,
-        out_dir / "ngram",
-    )
 
 
 if __name__ == "__main__":

@@ -31,5 +31,5 @@ for model in bst swa; do
 done
 
 say "report, with a byte 5-gram model trained on the same text beside them"
-python launch/evaluate.py report "runs/${preset}_bst" "runs/${preset}_swa" \
+python launch/compare.py "runs/${preset}_bst" "runs/${preset}_swa" \
   out="runs/${preset}_report" ngram=true

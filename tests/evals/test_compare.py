@@ -24,6 +24,11 @@ def evaluate(model, out_dir, name, documents=DOCUMENTS, options=OPTIONS, train_l
     return compare.load(out_dir)
 
 
+def verdicts_of(*runs, **options):
+    (comparison,) = compare.compare(runs, **options)
+    return comparison.verdicts
+
+
 def softened(share):
     """The oracle mixed with the uniform distribution: worse by construction."""
     return Bigram(TABLE * (1 - share) + share / len(TABLE))
@@ -36,7 +41,7 @@ def oracle(tmp_path_factory):
 
 def test_better_model_wins_at_every_context_and_order_only_flips_the_sign(oracle, tmp_path):
     worse = evaluate(softened(0.2), tmp_path, "softened")
-    verdicts = compare.compare(oracle, worse)
+    verdicts = verdicts_of(oracle, worse)
     assert {(v.protocol, v.context) for v in verdicts} == {
         ("fixed(4)", 16),
         ("fixed(4)", 64),
@@ -46,7 +51,7 @@ def test_better_model_wins_at_every_context_and_order_only_flips_the_sign(oracle
     }
     assert {v.metric for v in verdicts} == {"bpb", "nll"}
     assert all(v.verdict == "oracle better" and v.difference.value < 0 for v in verdicts)
-    for v, flipped in zip(verdicts, compare.compare(worse, oracle), strict=True):
+    for v, flipped in zip(verdicts, verdicts_of(worse, oracle), strict=True):
         assert flipped.difference.value == pytest.approx(-v.difference.value)
         assert flipped.verdict == "oracle better"
 
@@ -60,17 +65,28 @@ def test_no_winner_when_the_interval_contains_zero(oracle, tmp_path):
         model = Bigram(table / table.sum(1, keepdims=True))
         model.fingerprint = lambda k=k: f"jittered-{k}"
         runs.append(evaluate(model, tmp_path / str(k), f"jittered-{k}"))
-    for verdict in compare.compare(*runs):
+    for verdict in verdicts_of(*runs):
         low, high = verdict.difference.ci95
         assert (verdict.verdict == compare.NO_DIFFERENCE) == (
             low <= 0 <= high or abs(verdict.difference.value) < 1e-4
         )
-    same = compare.compare(oracle, dataclasses.replace(oracle, name="twin"))
+    same = verdicts_of(oracle, dataclasses.replace(oracle, name="twin"))
     assert all(v.verdict == compare.NO_DIFFERENCE for v in same)
 
 
+def by_chance(run, sd, rng, name):
+    """The run with other losses, by `sd` nat: a draw for each document of each pass."""
+    tables = {
+        key: dataclasses.replace(
+            table, nll=table.nll + rng.normal(0, sd, len(DOCUMENTS.tokens))[table.doc]
+        )
+        for key, table in run.tables.items()
+    }
+    return dataclasses.replace(run, name=name, tables=tables)
+
+
 def test_better_at_some_context_is_not_one_of_many_tests(tmp_path):
-    """Equal models whose losses differ by chance, document by document, at each of 8 contexts."""
+    """Three equal models whose losses differ by chance, document by document, at 8 contexts."""
     options = dataclasses.replace(
         OPTIONS, contexts=(16, 24, 32, 48, 64, 96, 128, 192), protocols=("fixed",)
     )
@@ -78,21 +94,39 @@ def test_better_at_some_context_is_not_one_of_many_tests(tmp_path):
     rng = np.random.default_rng(0)
     named, named_by_singles = 0, 0
     for _ in range(60):
-        tables = {
-            name: dataclasses.replace(
-                table, nll=table.nll + rng.normal(0, 0.015, len(DOCUMENTS.tokens))[table.doc]
-            )
-            for name, table in base.tables.items()
-        }
-        verdicts = compare.compare(dataclasses.replace(base, name="twin", tables=tables), base)
-        verdicts = [v for v in verdicts if v.metric == "bpb"]
+        runs = [by_chance(base, 0.015, rng, name) for name in ("a", "b", "c")]
+        comparisons = compare.compare(runs)
+        assert [(a.name, b.name) for a, b, _ in comparisons] == [("a", "b"), ("a", "c"), ("b", "c")]
+        verdicts = [v for _, _, vs in comparisons for v in vs if v.metric == "bpb"]
         for v in verdicts:
             assert v.band95[0] < v.difference.ci95[0] < v.difference.ci95[1] < v.band95[1]
             assert (v.verdict == compare.NO_DIFFERENCE) == (v.sign == 0)
         named += any(v.sign for v in verdicts)
         named_by_singles += any(v.difference.sign() for v in verdicts)
     assert named <= 6, "5 % of 60, and 1.8 standard deviations"
-    assert named_by_singles >= 12, "1 - 0.95 ** 8 is 34 %"
+    assert named_by_singles >= 24, "1 - 0.95 ** 16 is 56 %"
+
+
+def test_comparing_with_the_first_alone_asks_less_and_so_sees_more(oracle):
+    rng = np.random.default_rng(1)
+    runs = [oracle, *(by_chance(oracle, 0.01, rng, f"run{k}") for k in range(3))]
+    all_pairs = compare.compare(runs)
+    with_first = compare.compare(runs, with_first_only=True)
+    assert [(a.name, b.name) for a, b, _ in with_first] == [("oracle", f"run{k}") for k in range(3)]
+    for one, other in zip(with_first, all_pairs, strict=False):
+        for v, same in zip(one.verdicts, other.verdicts, strict=True):
+            assert v.difference == same.difference
+            if v.protocol.startswith("fixed"):
+                assert same.band95[0] < v.band95[0] < v.band95[1] < same.band95[1]
+
+
+def test_what_is_allowed_is_compared_and_anything_else_is_not(oracle):
+    other = altered(oracle, "model", precision="bf16")
+    assert verdicts_of(oracle, other, allow=["precision"])
+    (line,) = compare.allowed([oracle, other], ["precision"])
+    assert line == "model.precision=fp32 of oracle, bf16 of other"
+    with pytest.raises(ValueError, match=r"allow=data: choose from policy, precision"):
+        verdicts_of(oracle, other, allow=["data"])
 
 
 def altered(run, section, **changes):
@@ -104,10 +138,19 @@ def altered(run, section, **changes):
 @pytest.mark.parametrize(
     ("section", "changes", "reason"),
     [
-        ("data", {"fingerprint": "x"}, "data.fingerprint differs"),
-        ("data", {"split": "test"}, "data.split differs"),
-        ("data", {"n_docs": 3}, "data.n_docs differs"),
-        ("policy", {"documents": "packed"}, "policy differs"),
+        ("data", {"fingerprint": "x"}, "data.fingerprint=.* of oracle, x of other; .*same data="),
+        (
+            "data",
+            {"split": "test"},
+            "data.split=validation of oracle, test of other; .* split=",
+        ),
+        ("data", {"n_docs": 3}, "data.n_docs=24 of oracle, 3 of other; .*same limit="),
+        (
+            "policy",
+            {"documents": "packed"},
+            "policy=.*isolated.* of oracle, .*packed.*=policy",
+        ),
+        ("model", {"precision": "bf16"}, "model.precision=fp32 of oracle, bf16 .*allow=precision"),
         ("tokenizer", {"sha256": "x"}, None),
     ],
 )
@@ -115,24 +158,24 @@ def test_what_differs_is_refused_by_name(oracle, section, changes, reason):
     other = altered(oracle, section, **changes)
     if reason:
         with pytest.raises(ValueError, match=reason):
-            compare.compare(oracle, other)
+            verdicts_of(oracle, other)
     else:
         # Another tokenizer over the same text: bits per byte only.
-        assert {v.metric for v in compare.compare(oracle, other)} == {"bpb"}
+        assert {v.metric for v in verdicts_of(oracle, other)} == {"bpb"}
 
 
 def test_other_text_under_another_tokenizer_is_refused(oracle):
     other = altered(oracle, "tokenizer", sha256="x")
     other.result["data"]["text_sha256"] = "y"
-    with pytest.raises(ValueError, match=r"data.text_sha256 differs"):
-        compare.compare(oracle, other)
+    with pytest.raises(ValueError, match=r"data.text_sha256=.* of oracle, y of other"):
+        verdicts_of(oracle, other)
 
 
 def test_failed_gate_is_refused(oracle):
     other = altered(oracle, "data")
     other.result["gates"][0]["passed"] = False
     with pytest.raises(ValueError, match="other: gates failed: future_perturbation"):
-        compare.compare(oracle, other)
+        verdicts_of(oracle, other)
 
 
 @pytest.mark.parametrize("contexts", [(32,), (16, 64, 128)])
@@ -141,14 +184,14 @@ def test_other_target_spans_are_refused(oracle, tmp_path, contexts):
     options = dataclasses.replace(OPTIONS, contexts=contexts, protocols=("fixed", "stream"))
     other = evaluate(Bigram(TABLE), tmp_path, "other", options=options)
     with pytest.raises(ValueError, match="fixed: other target spans"):
-        compare.compare(oracle, other)
+        verdicts_of(oracle, other)
 
 
 def test_other_protocol_settings_leave_nothing_to_compare(oracle, tmp_path):
     options = PerplexityOptions(contexts=(32,), protocols=("stream",), stream_tokens=50)
     other = evaluate(Bigram(TABLE), tmp_path, "other", options=options)
     with pytest.raises(ValueError, match="no pass in common"):
-        compare.compare(oracle, other)
+        verdicts_of(oracle, other)
 
 
 def test_missing_or_damaged_results_say_what_to_do(tmp_path):
@@ -168,10 +211,10 @@ def test_ngram_joins_as_a_run_over_the_same_tokens(oracle, tmp_path):
     )
     ngram = baseline.evaluate(DOCUMENTS, training, oracle, tmp_path)
     worse = evaluate(softened(0.9), tmp_path / "soft", "softened")
-    assert all(v.metric == "bpb" for v in compare.compare(oracle, ngram))
+    assert all(v.metric == "bpb" for v in verdicts_of(oracle, ngram))
     assert all(
         v.verdict == f"{ngram.name} better"
-        for v in compare.compare(worse, ngram)
+        for v in verdicts_of(worse, ngram)
         if v.protocol == "stream"
     )
     by_context = [ngram.tables[name].nll for name in ngram.tables if name.startswith("fixed")]

@@ -89,15 +89,6 @@ def test_evaluate_rebuild_then_report_print_the_pages_path_last(run, capsys, mon
     assert capsys.readouterr().out.splitlines() == lines
     assert json.loads((folder / "result.json").read_text()) == result
 
-    out = run.parent / "report"
-    assert evaluate.main(["report", str(run), f"out={out}", "ngram=true"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == str(out / "report.html")
-    assert any("byte 5-gram better at 16, 32, 64, 128 (by " in line for line in lines)
-    page = (out / "report.html").read_text()
-    assert "<h2>Runs</h2>" in page, "what the runs are stands above the numbers"
-    assert "byte 5-gram" in page
-
 
 def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
     words = ["contexts=32,128", "protocols=sliding,truncate", "stride_tokens=16"]
@@ -132,9 +123,6 @@ def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
         (["rebuild"], "run= is missing"),
         (["rebuild", "run=nowhere"], "nowhere/eval/perplexity/facts.json: cannot be read"),
         (["rebuild", "RUN", "suite=all"], "suite=all is not known"),
-        (["report"], "report needs runs and out="),
-        (["report", "nowhere", "out=x"], "no result.json"),
-        (["report", "nowhere", "out=x", "ngram=maybe"], "ngram=maybe: use true or false"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(run, words, message, capsys):

@@ -1,5 +1,6 @@
 """The page opens offline, shows every run, gate and verdict, and refuses what may not be shown."""
 
+import base64
 import dataclasses
 import json
 import re
@@ -20,12 +21,14 @@ class Balanced(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.fetched = [], []
+        self.open, self.fetched, self.images = [], [], []
 
     def handle_starttag(self, tag, attributes):
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self.open.append(tag)
-        self.fetched += [v for k, v in attributes if k in ("src", "href") and not v.startswith("#")]
+        addresses = [v for k, v in attributes if k in ("src", "href", "srcset", "data", "poster")]
+        self.images += [v for v in addresses if v.startswith("data:image/svg+xml;base64,")]
+        self.fetched += [v for v in addresses if not v.startswith(("#", "data:"))]
         self.fetched += [tag] if tag in ("script", "link", "iframe") else []
 
     def handle_endtag(self, tag):
@@ -45,7 +48,8 @@ def runs(tmp_path_factory):
 def test_page_is_self_contained_and_shows_everything(runs, tmp_path):
     training, _ = markov_documents([2000] * 2, vocab_size=12)
     ngram = baseline.evaluate(DOCUMENTS, training, runs[0])
-    path = report.write(runs, tmp_path, ngram)
+    everyone = [*runs, ngram]
+    path = report.write(everyone, tmp_path, compare.compare(everyone))
     page = path.read_text()
     parser = Balanced()
     parser.feed(page)
@@ -57,7 +61,9 @@ def test_page_is_self_contained_and_shows_everything(runs, tmp_path):
         "w3.org" in u or "purl.org" in u or "creativecommons" in u or "matplotlib.org" in u
         for u in urls
     )
-    assert "<svg" in page
+    assert len(parser.images) == page.count("<img") == 4
+    assert all(b"<svg" in base64.b64decode(image.partition(",")[2]) for image in parser.images)
+    assert "default-src 'none'" in page, "and the browser is told to fetch nothing"
     assert "uniform &lt;flat&gt;" in page
     assert "<flat>" not in page
     for expected in (
@@ -77,7 +83,7 @@ def test_page_is_self_contained_and_shows_everything(runs, tmp_path):
 
 
 def test_findings_name_the_verdict_at_each_context(runs):
-    lines = report.findings(runs)
+    lines = report.findings(runs, compare.compare(runs))
     assert lines[0].startswith(
         "oracle against uniform <flat>, by context: oracle better at 16, 32, 64 (by "
     )
@@ -101,19 +107,19 @@ def test_a_gain_is_said_as_what_the_loss_does(runs, gain, band, words):
             metric.update(value=gain, band95=band)
     (line,) = [
         line
-        for line in report.findings([dataclasses.replace(runs[0], result=result)])
+        for line in report.findings([dataclasses.replace(runs[0], result=result)], [])
         if "instead of 32" in line
     ]
     assert words in line
 
 
 def test_differences_have_one_sign_in_table_and_plot(runs):
-    verdicts = compare.compare(*runs)
-    (difference,) = report._differences([(*runs, verdicts)])
+    comparisons = compare.compare(runs)
+    (difference,) = report._differences(comparisons, runs[0])
     assert difference.label == "oracle - uniform <flat>"
     assert all(point["value"] < 0 for point in difference.points), "the oracle is better"
-    (row, *_) = report._verdict_table(*runs, verdicts)[2]
-    assert row[3] == f"{difference.points[0]['value']:+.4f}"
+    (row, *_) = report._verdict_table(comparisons)[2]
+    assert row[4] == f"{difference.points[0]['value']:+.4f}"
 
 
 def test_numbers_of_other_tokens_do_not_stand_beside_each_other(runs, tmp_path):
@@ -122,7 +128,7 @@ def test_numbers_of_other_tokens_do_not_stand_beside_each_other(runs, tmp_path):
     perplexity.run(
         Uniform(12), DOCUMENTS, options, tmp_path, name="short", train_length=32, progress=False
     )
-    rows = report._level_table([runs[0], compare.load(tmp_path)], None)[2]
+    rows = report.level_table([runs[0], compare.load(tmp_path)])[2]
     by_protocol = {row[0]: row for row in rows}
     assert by_protocol["stream"][4] == "-"
     assert by_protocol["fixed(4)"][4] != "-"
