@@ -14,7 +14,7 @@ FIND_TORCH := import pathlib, re, torch; \
 	assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11); \
 	print(pathlib.Path(torch.__file__).parents[1])
 
-.PHONY: quickstart quickstart-long test test-slow lint format clean
+.PHONY: quickstart quickstart-long test test-slow test-browser lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/ready
@@ -27,7 +27,11 @@ test: lint
 	@$(RUN) OMP_NUM_THREADS=1 pytest
 
 test-slow: $(VENV)/ready
-	@$(RUN) OMP_NUM_THREADS=1 pytest -m "slow and not gpu" --timeout=3600
+	@$(RUN) OMP_NUM_THREADS=1 pytest -m "slow and not gpu and not browser" --timeout=3600
+
+# Opens the report page in an installed Chromium; screenshots go to test-artefacts/.
+test-browser: $(VENV)/ready
+	@$(RUN) OMP_NUM_THREADS=1 pytest -m browser
 
 lint: $(VENV)/ready
 	@$(RUN) ruff check

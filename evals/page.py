@@ -60,8 +60,8 @@ table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabu
 th, td { padding: .32rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--rule); }
-th:first-child, td:first-child, td.text { text-align: left; }
-td.wrap { white-space: normal; text-align: left; min-width: 16rem; }
+.text { text-align: left; }
+td.wrap { white-space: normal; min-width: 16rem; }
 .good { color: var(--good); } .bad { color: var(--bad); } .even { color: var(--soft); }
 code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, monospace; background: var(--code);
   padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere; white-space: normal; }
@@ -115,23 +115,34 @@ def _html_note(note: str) -> str:
 
 
 def _html_table(header: Row, rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = ["<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows]
+    words = [_is_words([row[k] for row in rows]) for k in range(len(header))]
+    head = "".join(
+        f"<th{' class=text' if left else ''}>{html.escape(cell)}</th>"
+        for cell, left in zip(header, words, strict=True)
+    )
+    lines = [f"<tr>{''.join(map(_html_cell, row, words))}</tr>" for row in rows]
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f"<div class='scroll' tabindex='0'>{table}</div>"
 
 
-def _html_cell(cell: str) -> str:
+def _is_words(column: Sequence[str]) -> bool:
+    """Whether a column stands on the left: one of numbers does not."""
+    return not all(cell[:1] in "+-±0123456789" for cell in column)
+
+
+def _html_cell(cell: str, left: bool) -> str:
     text = html.escape(cell)
+    classes = ["wrap"] if len(cell) > 40 and (" " in cell or len(cell) > 60) else []
+    classes += ["text"] if left else []
     if cell in ("passed", "it gains") or " better" in cell:
-        return f"<td class='{'wrap' if len(cell) > 40 else 'text'} good'>{text}</td>"
-    if cell in ("FAILED", "it degrades"):
-        return f"<td class='text bad'>{text}</td>"
-    if cell == NO_DIFFERENCE:
-        return f"<td class='text even'>{text}</td>"
-    if len(cell) > 60:
-        return f"<td class='wrap'>{text if ' ' in cell else f'<code>{text}</code>'}</td>"
-    return f"<td>{text}</td>"
+        classes.append("good")
+    elif cell in ("FAILED", "it degrades"):
+        classes.append("bad")
+    elif cell == NO_DIFFERENCE:
+        classes.append("even")
+    if len(cell) > 60 and " " not in cell:
+        text = f"<code>{text}</code>"
+    return f"<td class='{' '.join(classes)}'>{text}</td>" if classes else f"<td>{text}</td>"
 
 
 def to_markdown(title: str, lead: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
