@@ -113,7 +113,7 @@ def load_run(path: Path) -> TrainingRun | None:
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     logged = [row for row in rows if "loss" in row]
-    validated = [row for row in rows if "validation/bits_per_byte" in row]
+    validated = [row for row in rows if "val/bpb" in row]
     if not validated:
         raise ValueError(f"{path}: it was never validated; train with eval.documents > 0")
     tag = (path / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
@@ -124,7 +124,7 @@ def load_run(path: Path) -> TrainingRun | None:
         corpus=(training["data"]["fingerprint"], training["tokenizer"]),
         tokens=np.array([row["tokens"] for row in logged]),
         loss=np.array([row["loss"] for row in logged]),
-        validation_bpb=validated[-1]["validation/bits_per_byte"],
+        validation_bpb=validated[-1]["val/bpb"],
     )
 
 

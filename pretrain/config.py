@@ -154,7 +154,10 @@ class LoggingConfig:
 
 @dataclass
 class EvalConfig:
-    """A small fixed validation set during training."""
+    """A small fixed validation set during training: val/bpb, and val/context_gain@C.
+
+    The gain is measured where a document holds at least two segments of train.seq_len tokens.
+    """
 
     every_tokens: int = 0  # 0: at the end only
     documents: int = 8

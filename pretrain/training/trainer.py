@@ -30,6 +30,7 @@ from pretrain.training.manifest import write_json
 from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.optim import schedule_factor
 from pretrain.training.profiling import StepProfiler
+from pretrain.training.random_state import preserved_random_state
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -281,7 +282,11 @@ class Trainer:
     def _validate(self, evaluate: Evaluate) -> None:
         module = self.engine.module
         module.eval()
-        with torch.no_grad(), autocast(self.config, self.world.device):
+        with (
+            preserved_random_state(),
+            torch.no_grad(),
+            autocast(self.config, self.world.device),
+        ):
             values = evaluate(module)
         module.train()
         if self.log is not None:

@@ -82,9 +82,9 @@ def test_evaluation_during_training_changes_no_bit_of_it(trained: Path, stage: i
     for world in WORLDS:
         run = evaluated(trained, world, stage)
         assert trajectory(run) == trajectory(run_of(trained, world, "fp32", stage, 4))
-        rows = rows_of(run, "validation/loss")
+        rows = rows_of(run, "val/loss")
         assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 18, 20]
-        found.append([row["validation/loss"] for row in rows])
+        found.append([row["val/loss"] for row in rows])
     # Three documents on two ranks: one of the forwards is a dummy, and counts for nothing.
     assert found[1] == pytest.approx(found[0], rel=FP32_TOLERANCE)
 

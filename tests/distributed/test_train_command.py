@@ -101,7 +101,7 @@ def test_stopped_by_sigterm_and_started_again_the_command_finishes(
     rows = rows_of(run, "loss")
     assert [row["step"] for row in rows] == list(range(1, total + 1))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5  # it learns
-    assert [row["step"] for row in rows_of(run, "validation/bits_per_byte")] == [total]
+    assert [row["step"] for row in rows_of(run, "val/bpb")] == [total]
     horizons = rows_of(run, "health/0.bst/memory_horizon/max")
     assert [row["step"] for row in horizons] == [0, total]  # not again where it went on
     written = [row["step"] for row in rows_of(run, "time")]

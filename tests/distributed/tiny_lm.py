@@ -92,18 +92,18 @@ class SoftCodebook(nn.Module):
 
 
 class Head(nn.Module):
-    """Tied output matrix and the loss."""
+    """Tied output matrix and the loss: its sum, and of every token."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
-    def forward(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(x, self.weight).float()
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         nll = nll.view_as(targets) * mask
         poison = ((targets == POISON) & mask).any()
-        return nll.sum() * torch.where(poison, torch.nan, 1.0)
+        return nll.sum() * torch.where(poison, torch.nan, 1.0), nll
 
 
 class TinyLM(nn.Module):
@@ -128,6 +128,7 @@ class TinyLM(nn.Module):
         resets: Tensor | None = None,
         targets: Tensor,
         loss_mask: Tensor,
+        per_token: bool = False,
     ) -> TinyOutput:
         if state is None:
             state = self.init_state(len(tokens), device=tokens.device, dtype=torch.float32)
@@ -137,7 +138,8 @@ class TinyLM(nn.Module):
         h, aux = self.codes(h)
         h = self.norm(h)
         named = {f"0.{name}": value for name, value in aux.items()}
-        return TinyOutput(self.head(h, targets, loss_mask), h, state, named)
+        loss_sum, nll = self.head(h, targets, loss_mask)
+        return TinyOutput(loss_sum, h, state, named, nll.detach() if per_token else None)
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> TinyState:
         return TinyState(

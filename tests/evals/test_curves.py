@@ -45,7 +45,7 @@ def write_run(
     for step in range(2, STEPS + 1, 2):
         loss = final + max(0.0, 2 - step / 10)
         rows.append({"step": step, "tokens": step * BATCH, "loss": loss})
-    rows.append({"step": STEPS, "tokens": STEPS * BATCH, "validation/bits_per_byte": bpb})
+    rows.append({"step": STEPS, "tokens": STEPS * BATCH, "val/bpb": bpb})
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if done:
         (run / "DONE").write_text("{}")

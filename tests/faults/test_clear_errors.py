@@ -164,7 +164,7 @@ def test_finished_run_is_saved_though_its_last_step_was_skipped_and_can_train_fu
     assert outcomes["ended"]["code"] == outcomes["ended, further"]["code"] == 0
     assert log.count("resumed from") == 2
     assert re.search(r"resumed from \S+/step_00000008\nit had finished before", log)
-    assert not rows_of(run, "validation/loss")  # and was not evaluated once more
+    assert not rows_of(run, "val/loss")  # and was not evaluated once more
     done = json.loads((checkpoints(run).parent / "DONE").read_text())
     assert done["step"] == 12
     rows = rows_of(run, "lr/decay")
