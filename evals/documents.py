@@ -31,6 +31,7 @@ class EvalDocuments:
         tokenizer_sha256: identity of the tokenizer.
         raw_bytes: bytes of each document's original text.
         source: where it came from, JSON-able: path, split and the like.
+        n_words: per document, where they are counted on another text than the tokens'.
     """
 
     tokens: Sequence[np.ndarray]
@@ -40,6 +41,7 @@ class EvalDocuments:
     tokenizer_sha256: str
     raw_bytes: Sequence[int]
     source: dict[str, Any] = field(default_factory=dict)
+    n_words: Sequence[int] | None = None
 
     @property
     def identity(self) -> str:
@@ -70,10 +72,11 @@ class EvalDocuments:
     def words(self, doc: int) -> int:
         """Words of the document's text as lm-evaluation-harness counts them for word perplexity.
 
-        `len(re.split(r"\\s+", text))`: a white-space run at either end counts one more. Its
-        `wikitext` task counts the page as published and scores a detokenised one; here both are
-        the text as prepared.
+        `len(re.split(r"\\s+", text))`: a white-space run at either end counts one more. They are
+        those of the text as prepared, but for `evals.wikitext`.
         """
+        if self.n_words is not None:
+            return self.n_words[doc]
         text = self.text(doc).decode(errors="replace")
         return 1 + sum(1 for _ in re.finditer(r"\s+", text))
 

@@ -34,6 +34,13 @@ class Picture(NamedTuple):
     wide: bool = False
 
 
+COLOURED = {
+    "good": ("passed", "it gains", "gains"),
+    "bad": ("FAILED", "it degrades", "degrades", "diverges"),
+    "even": (NO_DIFFERENCE, "undecided", "n_docs_low"),
+}
+"""Style of a cell that says one of these words."""
+
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _CSS = """
@@ -134,12 +141,8 @@ def _html_cell(cell: str, left: bool) -> str:
     text = html.escape(cell)
     classes = ["wrap"] if len(cell) > 40 and (" " in cell or len(cell) > 60) else []
     classes += ["text"] if left else []
-    if cell in ("passed", "it gains") or " better" in cell:
-        classes.append("good")
-    elif cell in ("FAILED", "it degrades"):
-        classes.append("bad")
-    elif cell == NO_DIFFERENCE:
-        classes.append("even")
+    classes += [name for name, words in COLOURED.items() if cell in words]
+    classes += ["good"] if " better" in cell else []
     if len(cell) > 60 and " " not in cell:
         text = f"<code>{text}</code>"
     return f"<td class='{' '.join(classes)}'>{text}</td>" if classes else f"<td>{text}</td>"

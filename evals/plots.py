@@ -80,15 +80,16 @@ def curve_panels(
 
     panels = []
     if any_has("bpb", "fixed"):
-        panels.append(Panel("Bits per byte over context", partial(_draw_bpb, results, reference)))
+        draw_bpb = partial(_draw_bpb, results=results, reference=reference)
+        panels.append(Panel("Bits per byte over context", draw_bpb))
     if differences:
-        panels.append(
-            Panel("Paired differences over context", partial(_draw_differences, differences))
-        )
+        draw_differences = partial(_draw_differences, differences=differences)
+        panels.append(Panel("Paired differences over context", draw_differences))
     if any_has("gain", "fixed"):
-        panels.append(Panel("Gain from context", partial(_draw_gain, results)))
+        panels.append(Panel("Gain from context", partial(_draw_gain, results=results)))
     if any_has("nll_at_position", "stream", "position"):
-        panels.append(Panel("Loss by position in the document", partial(_draw_position, results)))
+        draw_positions = partial(_draw_position, results=results)
+        panels.append(Panel("Loss by position in the document", draw_positions))
     return panels
 
 
@@ -168,7 +169,9 @@ def to_svg(figure: Figure) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _draw_bpb(results: Sequence[Result], reference: dict[str, Any] | None, axis: Axes) -> None:
+def _draw_bpb(
+    axis: Axes, results: Sequence[Result], reference: dict[str, Any] | None = None
+) -> None:
     for result, colour in zip(results, _colours(results), strict=True):
         metrics = series(result, "bpb")
         _line(axis, [m["context"] for m in metrics], metrics, result["name"], colour)
@@ -181,7 +184,7 @@ def _draw_bpb(results: Sequence[Result], reference: dict[str, Any] | None, axis:
         _draw_reference(axis, reference)
 
 
-def _draw_differences(differences: Sequence[Difference], axis: Axes) -> None:
+def _draw_differences(axis: Axes, differences: Sequence[Difference]) -> None:
     for k, difference in enumerate(differences):
         colour = COLOURS[(k + 1) % len(COLOURS)]  # that of the run in the other panels
         contexts = [point["context"] for point in difference.points]
@@ -192,7 +195,7 @@ def _draw_differences(differences: Sequence[Difference], axis: Axes) -> None:
     axis.set_title("Paired difference, below 0: the first is better")
 
 
-def _draw_gain(results: Sequence[Result], axis: Axes) -> None:
+def _draw_gain(axis: Axes, results: Sequence[Result]) -> None:
     baseline = None
     for result, colour in zip(results, _colours(results), strict=True):
         metrics = series(result, "gain")
@@ -208,7 +211,7 @@ def _draw_gain(results: Sequence[Result], axis: Axes) -> None:
     axis.set_title(f"Gain over {baseline} tokens, above 0: context helps")
 
 
-def _draw_position(results: Sequence[Result], axis: Axes) -> None:
+def _draw_position(axis: Axes, results: Sequence[Result]) -> None:
     for result, colour in zip(results, _colours(results), strict=True):
         protocol = "stream" if series(result, "nll_at_position", "stream") else "position"
         # The first token's bucket [0, 1) has no place on a log axis and its loss no context.

@@ -89,10 +89,10 @@ def write(
         ("Paired differences", *_verdict_table(comparisons)),
         ("Seeds", *_seed_table(models)),
         ("Gains from context", *_gain_table(models)),
-        ("Gates", *_gate_table(models)),
-        ("Cost", *_cost_table(models)),
+        ("Gates", *gate_table(models)),
+        ("Cost", *cost_table(models)),
         ("Definitions", "", ["term", "meaning"], [[k, v] for k, v in DEFINITIONS.items()]),
-        ("Provenance", *_provenance_table(runs)),
+        ("Provenance", *provenance_table(runs)),
     ]
     title = "Perplexity against context length: " + ", ".join(names)
     lead, summary = _lead(models), findings(runs, comparisons, allow)
@@ -380,7 +380,7 @@ def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     return note, ["run", "context", "gain", "simultaneous 95 %", "reading"], rows
 
 
-def _gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
+def gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     rows = []
     for run in _trainings(runs):
         names = dict.fromkeys(gate["name"] for gate in run.result["gates"])
@@ -395,7 +395,7 @@ def _gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     return note, ["run", "gate", "state", "value", "bound", "where"], rows
 
 
-def _cost_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
+def cost_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     rows = []
     for run in _trainings(runs):
         for cost in run.result["cost"]:
@@ -419,7 +419,7 @@ def _cost_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     )
 
 
-def _provenance_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
+def provenance_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     runs = _trainings(runs)
     facts: list[tuple[str, list[str]]] = []
     for section in ("model", "tokenizer", "data", "policy", "env"):

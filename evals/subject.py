@@ -12,6 +12,7 @@ from data.loader import start_id
 from data.shards import Corpus
 from data.sources import find_files, read_rows
 from data.tokenizer import Tokenizer
+from evals import wikitext
 from evals.documents import EvalDocuments, from_corpus
 from evals.huggingface import HuggingFaceScorer, HuggingFaceTokenizer, encode_documents
 from evals.models import LanguageModelScorer
@@ -38,6 +39,7 @@ class SubjectArguments:
     tag: str = "latest"  # checkpoint
     data: str = ""  # corpus folder; default: the one the run was trained on
     split: str = ""  # default: the run's validation split
+    detokenize: str = ""  # wikitext: its pages are scored and their words counted as by lm-eval
     device: str = "auto"
     precision: str = "fp32"
 
@@ -95,12 +97,12 @@ def open_subject(arguments: SubjectArguments) -> Subject:
             f"that {run_dir} was trained with ({checkpoint['tokenizer'][:12]}); prepare this text "
             f"with tokenizer={config.data.path}/tokenizer.model"
         )
+    start = start_id(config.data.mode, config.data.boundary)
+    documents = from_corpus(corpus, arguments.limit, start)
     return Subject(
         name=config.name,
         model=LanguageModelScorer(model, device, arguments.precision),
-        documents=from_corpus(
-            corpus, arguments.limit, start_id(config.data.mode, config.data.boundary)
-        ),
+        documents=_detokenized(documents, corpus.tokenizer, arguments.detokenize),
         tokenizer=corpus.tokenizer,
         train_length=config.train.seq_len,
         processes=join(),
@@ -154,7 +156,9 @@ def _open_hf(arguments: SubjectArguments) -> Subject:
     return Subject(
         name=Path(arguments.out).name,
         model=model,
-        documents=encode_documents(texts, tokenizer, source),
+        documents=_detokenized(
+            encode_documents(texts, tokenizer, source), tokenizer, arguments.detokenize
+        ),
         tokenizer=tokenizer,
         train_length=model.max_tokens,
         processes=join(),
@@ -166,6 +170,13 @@ def _open_hf(arguments: SubjectArguments) -> Subject:
             "parameters": sum(p.numel() for p in model.model.parameters()),
         },
     )
+
+
+def _detokenized(documents: EvalDocuments, tokenizer: Tokenizer, corpus: str) -> EvalDocuments:
+    """The documents as a model shall read them; `corpus` names whose spaces are to be taken out."""
+    if corpus not in ("", "wikitext"):
+        raise ValueError(f"detokenize={corpus}: use detokenize=wikitext, or leave it out")
+    return wikitext.detokenized(documents, tokenizer.encode) if corpus else documents
 
 
 def _device(name: str) -> torch.device:

@@ -118,6 +118,7 @@ def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
         (["RUN", "tag=step_9"], "step_9: is not there"),
         (["RUN", "data=nowhere"], "nowhere"),
         (["RUN", "split=test"], "split=test"),
+        (["RUN", "detokenize=html"], "detokenize=html: use detokenize=wikitext"),
         (["run=nowhere"], "run=nowhere: no such folder"),
         (["RUN", "suite=all", "name=x"], "name= names one suite's folder"),
         (["rebuild"], "run= is missing"),
