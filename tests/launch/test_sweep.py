@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from evals.seeds import recipe_sha256
 from launch import sweep
-from pretrain.config import CONFIG_DIR
+from pretrain.config import CONFIG_DIR, RunConfig
 
 # Stands in for launch/train.py: notes its environment, fails or waits as its seed says.
 STUB = """
@@ -69,6 +70,18 @@ def test_runs_are_the_product_of_all_values_and_named_by_what_varies() -> None:
     }
     prefixed = sweep.expand(["name=mine", "experiment=quickstart_bst", "seed=0,1"])
     assert [run.run_dir.name for run in prefixed] == ["mine_seed0", "mine_seed1"]
+
+
+def test_compare_has_five_rows_of_three_seeds_that_differ_in_the_seed_alone() -> None:
+    configs = [run.config for run in sweep.expand(["sweep=compare"])]
+    rows: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        rows.setdefault(config.name.partition("_tiny_seed")[0], []).append(config)
+    assert set(rows) == {"swa", "bst", "spade", "longvq", "mamba2"}
+    for row in rows.values():
+        assert [config.seed for config in row] == [0, 1, 2]
+        assert len({recipe_sha256(config) for config in row}) == 1
+    assert all(config.train.carry_state for config in configs)
 
 
 def test_rows_has_every_tiny_model_at_three_rates_and_trains_each_as_it_can_be() -> None:

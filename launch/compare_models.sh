@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# make compare: bundled books -> five small models, three seeds each -> who is better at which context.
+# Made for one GPU and 15 CPU cores: all runs train at once, then all are evaluated. Finished steps
+# are recognised and skipped. Arguments go to every training; WORKERS, OUT and EVALUATE (words of
+# launch/evaluate.py) make it smaller:
+#   WORKERS=2 OUT=runs/try EVALUATE="contexts=128..512 limit=4" launch/compare_models.sh train.total_tokens=64K
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export WORKERS=${WORKERS:-15} OUT=${OUT:-runs/compare} OMP_NUM_THREADS=1
+export EVALUATE=${EVALUATE:-contexts=128..8192 protocols=fixed,stream stream_tokens=32768}
+
+say() { printf '\n== %s  [%d s]\n' "$*" "$SECONDS"; }
+
+say "1/4 preparing the bundled books (once)"
+python launch/prepare.py data=books_sample
+
+say "2/4 training, $WORKERS at a time"
+python launch/sweep.py sweep=compare workers="$WORKERS" out_dir="$OUT" \
+  model.loss_chunk_size=4096 "$@"
+
+say "3/4 evaluating, $WORKERS at a time"
+evaluate() {
+  # shellcheck disable=SC2086  # several words
+  python launch/evaluate.py run="$1" suite=perplexity $EVALUATE >"$1/evaluate.log" 2>&1 ||
+    { echo "error: $1: $(tail -n 1 "$1/evaluate.log")  ($1/evaluate.log)" >&2; return 1; }
+}
+export -f evaluate
+printf '%s\0' "$OUT"/*_seed[0-9] | xargs -0 -P "$WORKERS" -I RUN bash -c 'evaluate RUN'
+
+say "4/4 comparing: the first row, windows only, is what plots are drawn against"
+runs=()
+for row in swa bst spade longvq mamba2; do
+  runs+=("$OUT/${row}_tiny_seed"[0-9])
+done
+python launch/compare.py "${runs[@]}" out="${OUT}_report"
+say "done"
