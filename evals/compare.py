@@ -185,8 +185,12 @@ def compare(
         allow: names of `ALLOWANCES`.
 
     Raises:
-        ValueError: an unknown allowance, or runs that are not comparable; every reason is named.
+        ValueError: an unknown allowance, two runs of one name, or runs that are not comparable;
+            every reason is named.
     """
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs={','.join(names)}: each needs a name of its own")
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
         raise ValueError(f"allow={','.join(unknown)}: choose from {', '.join(ALLOWANCES)}")

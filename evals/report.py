@@ -67,11 +67,8 @@ def write(
         The path of report.html.
 
     Raises:
-        ValueError: runs have the same name, or a gate of theirs failed.
+        ValueError: a gate failed.
     """
-    names = [run.name for run in runs]
-    if not runs or len(set(names)) != len(names):
-        raise ValueError(f"runs={','.join(names) or 'none'}: at least one, each with its own name")
     failed = [t.name for t in _trainings(runs) if not all(g["passed"] for g in t.result["gates"])]
     if failed:
         raise ValueError(f"gates failed in {', '.join(failed)}: there is nothing to report")
@@ -94,7 +91,7 @@ def write(
         ("Definitions", "", ["term", "meaning"], [[k, v] for k, v in DEFINITIONS.items()]),
         ("Provenance", *provenance_table(runs)),
     ]
-    title = "Perplexity against context length: " + ", ".join(names)
+    title = "Perplexity against context length: " + ", ".join(run.name for run in runs)
     lead, summary = _lead(models), findings(runs, comparisons, allow)
     content = page.to_html(title, lead, summary, [*pictures, *more], sections, _CAPTION)
     write_bytes(out_dir / "report.html", content.encode())

@@ -171,6 +171,11 @@ def test_other_text_under_another_tokenizer_is_refused(oracle):
         verdicts_of(oracle, other)
 
 
+def test_equal_names_are_refused(oracle):
+    with pytest.raises(ValueError, match="runs=oracle,oracle: each needs a name of its own"):
+        compare.compare([oracle, oracle])
+
+
 def test_failed_gate_is_refused(oracle):
     other = altered(oracle, "data")
     other.result["gates"][0]["passed"] = False

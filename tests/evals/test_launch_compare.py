@@ -94,7 +94,7 @@ def test_without_a_folder_nothing_is_written(runs, tmp_path, capsys, monkeypatch
         (["WIDE", "baseline=other"], "baseline=other: no such run; there are: wide"),
         (["WIDE", "allow=gates"], "allow=gates: choose from policy, precision"),
         (["WIDE", "suite=lra"], "eval/lra"),
-        (["WIDE", "WIDE", "out=x"], "runs=wide,wide: at least one, each with its own name"),
+        (["WIDE", "WIDE"], "runs=wide,wide: each needs a name of its own"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(runs, words, message, capsys, monkeypatch):
