@@ -32,6 +32,9 @@ from evals.perplexity import SCHEMA, Sums, curve_bands
 from evals.store import TokenTable
 
 NO_DIFFERENCE = "no difference shown"
+WITHIN_SEEDS = " (within seeds)"
+"""Behind a verdict that holds for these trainings, while the spread between seeds is as large."""
+
 ALLOWANCES = {"policy": "policy", "precision": "model.precision"}
 """What `allow=` can let pass, and the key it is about; a report says that it was allowed."""
 
@@ -288,7 +291,7 @@ def _verdict(
     )
     words = {-1: f"{a.name} better", 1: f"{b.name} better", 0: NO_DIFFERENCE}[sign]
     if sign and between_seeds and stats.sign_of(difference.value, between_seeds) != sign:
-        words += ", within seeds"
+        words += WITHIN_SEEDS
     return Verdict(
         pass_name=name,
         protocol=table.meta["protocol"],

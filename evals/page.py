@@ -11,7 +11,7 @@ import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from evals.compare import NO_DIFFERENCE
+from evals.compare import NO_DIFFERENCE, WITHIN_SEEDS
 
 Row = list[str]
 Section = tuple[str, str, Row, list[Row]]
@@ -142,7 +142,9 @@ def _html_cell(cell: str, left: bool) -> str:
     classes = ["wrap"] if len(cell) > 40 and (" " in cell or len(cell) > 60) else []
     classes += ["text"] if left else []
     classes += [name for name, words in COLOURED.items() if cell in words]
-    classes += ["good"] if " better" in cell else []
+    if " better" in cell:
+        shown = cell.count(" better") > cell.count(WITHIN_SEEDS)
+        classes.append("good" if shown else "even")
     if len(cell) > 60 and " " not in cell:
         text = f"<code>{text}</code>"
     return f"<td class='{' '.join(classes)}'>{text}</td>" if classes else f"<td>{text}</td>"

@@ -19,6 +19,8 @@ from evals.protocols import family
 COLOURS = ("#1f6feb", "#d1480f", "#1a7f4b", "#8250df", "#b0367a", "#6b7280")
 REFERENCE_COLOUR = "#57606a"
 MIN_GAIN_SPAN = 0.01  # nats
+FEW = 3
+"""Up to so many runs have shaded levels: books differ more than models, and bands overlap."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -103,7 +105,7 @@ def draw(panels: Sequence[Panel], results: Sequence[Result]) -> Figure:
         for axis, panel in zip(axes, panels, strict=False):
             panel.draw(axis)
             _mark_training_length(axis, results)
-            axis.legend(loc="best", fontsize=9)
+            axis.legend(loc="best", fontsize=9 if len(results) <= FEW else 7.5)
         if not panels:
             axes[0].set_axis_off()
             axes[0].text(0.5, 0.5, "no curve: fixed, position and stream have one", ha="center")
@@ -174,7 +176,8 @@ def _draw_bpb(
 ) -> None:
     for result, colour in zip(results, _colours(results), strict=True):
         metrics = series(result, "bpb")
-        _line(axis, [m["context"] for m in metrics], metrics, result["name"], colour)
+        contexts = [m["context"] for m in metrics]
+        _line(axis, contexts, metrics, result["name"], colour, shaded=len(results) <= FEW)
     _context_axis(axis, "context (tokens)")
     axis.set_ylabel("bits per byte")
     tokenizers = {result["tokenizer"]["sha256"] for result in results}
@@ -217,7 +220,8 @@ def _draw_position(axis: Axes, results: Sequence[Result]) -> None:
         # The first token's bucket [0, 1) has no place on a log axis and its loss no context.
         metrics = [m for m in series(result, "nll_at_position", protocol) if m["position"][0] > 0]
         middles = [(m["position"][0] * m["position"][1]) ** 0.5 for m in metrics]
-        _line(axis, middles, metrics, f"{result['name']} ({protocol})", colour)
+        label = f"{result['name']} ({protocol})"
+        _line(axis, middles, metrics, label, colour, shaded=len(results) <= FEW)
     _context_axis(axis, "position in the document (tokens)")
     axis.set_ylabel("nats per token")
     axis.set_title("Loss by position")
@@ -229,11 +233,13 @@ def _line(
     metrics: Sequence[dict[str, Any]],
     label: str,
     colour: str,
+    *,
+    shaded: bool = True,
 ) -> None:
     """A curve, shaded with its simultaneous band, or the interval of each point if it has none."""
     axis.plot(x, [m["value"] for m in metrics], "o-", ms=4, lw=1.6, color=colour, label=label)
     intervals = [m.get("band95") or m["ci95"] for m in metrics]
-    if intervals and all(intervals):
+    if shaded and intervals and all(intervals):
         low, high = zip(*intervals, strict=True)
         axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 

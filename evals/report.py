@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from evals import page, plots
-from evals.compare import NO_DIFFERENCE, Comparison, EvalRun, Verdict, allowed
+from evals.compare import (
+    NO_DIFFERENCE,
+    WITHIN_SEEDS,
+    Comparison,
+    EvalRun,
+    Verdict,
+    allowed,
+)
 from evals.page import Picture, Row, Section
 from evals.stats import RESOLUTION, sign_of
 from evals.store import write_bytes
@@ -21,7 +28,8 @@ from evals.store import write_bytes
 _CAPTION = (
     "Shaded: 95 % over documents; over contexts a band that holds all of them at once. Dotted: the "
     "training length. Bands of single curves overlap because books differ; whether two models "
-    "differ is read from the paired difference, which removes that."
+    "differ is read from the paired difference, which removes that; of more than three they are "
+    "left out."
 )
 
 DEFINITIONS = {
@@ -235,7 +243,7 @@ def level_table(
     Args:
         runs: the columns.
         comparisons: between them.
-        brief: for the terminal: no intervals, the spread between seeds only.
+        brief: for the terminal: no intervals, the spread between seeds only, verdicts last.
     """
     rows = []
     for record in runs[0].result["protocols"]:
@@ -243,7 +251,9 @@ def level_table(
         for run in runs:
             metric = _metric(run, "bpb", record)
             row.append((_plain(metric, 4) if brief else _cell(metric)) + _spread(run, record))
-        rows.append([*row, *([_ranking(comparisons, record["pass"])] if comparisons else [])])
+        if comparisons:
+            row.insert(len(row) if brief else 3, _ranking(comparisons, record["pass"]))
+        rows.append(row)
     note = (
         "`fixed(T)`: the same target spans for every context, each preceded by exactly that many "
         "tokens of its document. The other protocols score other tokens: compare along a row."
@@ -254,7 +264,9 @@ def level_table(
         note += " Tokenizers differ: rows of `fixed` score other text in each column."
     note += _phase_note([run for run in runs if run.charges_specials])
     header = ["protocol", "context", "tokens", *(f"{run.name} bpb" for run in runs)]
-    return note, [*header, *(["verdict"] if comparisons else [])], rows
+    if comparisons:
+        header.insert(len(header) if brief else 3, "verdict")
+    return note, header, rows
 
 
 def _ranking(comparisons: Sequence[Comparison], pass_name: str) -> str:
@@ -264,25 +276,27 @@ def _ranking(comparisons: Sequence[Comparison], pass_name: str) -> str:
         for v in verdicts:
             if (v.pass_name, v.metric) == (pass_name, "bpb") and v.sign:
                 better, worse = (a, b) if v.sign < 0 else (b, a)
-                doubt = " (within seeds)" if v.verdict.endswith("within seeds") else ""
+                doubt = WITHIN_SEEDS if v.verdict.endswith(WITHIN_SEEDS) else ""
                 beaten.setdefault((better.name, doubt), []).append(worse.name)
     found = [f"{name} better than {', '.join(w)}{doubt}" for (name, doubt), w in beaten.items()]
     return "; ".join(found) or NO_DIFFERENCE
 
 
 def _perplexity_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
-    rows = []
-    for record in runs[0].result["protocols"]:
-        row = [record["id"], _count(record["context"])]
-        for run in runs:
-            row.append(_plain(_metric(run, "token_ppl", record), 2))
-            row.append(_plain(_metric(run, "word_ppl", record), 2))
-        rows.append(row)
-    header = ["protocol", "context"]
-    for run in runs:
-        header += [f"{run.name} token ppl", f"{run.name} word ppl"]
+    names = [
+        name
+        for name in ("token_ppl", "word_ppl")
+        if any(metric["name"] == name for run in runs for metric in run.result["metrics"])
+    ]
+    columns = [(run, name) for run in runs for name in names]
+    rows = [
+        [record["id"], _count(record["context"])]
+        + [_plain(_metric(run, name, record), 2) for run, name in columns]
+        for record in runs[0].result["protocols"]
+    ]
+    header = [f"{run.name} {name.replace('_', ' ')}" for run, name in columns]
     note = "Word perplexity only where all of the text was scored; its words are lm-eval's."
-    return note, header, rows
+    return note, ["protocol", "context", *header], rows
 
 
 def _seed_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
@@ -408,7 +422,10 @@ def cost_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
                     memory,
                 ]
             )
-    note = "Forward passes only, as scored; peak memory of a process never falls."
+    note = (
+        "Forward passes only, as scored, beside whatever else the machine did; peak memory of a "
+        "process never falls."
+    )
     return (
         note,
         ["run", "pass", "context", "input tokens", "seconds", "tokens/s", "peak memory"],

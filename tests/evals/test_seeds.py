@@ -65,7 +65,7 @@ def test_a_recipe_is_everything_but_seed_name_and_what_is_written():
 
 def test_a_difference_that_seeds_could_make_is_said_to_be_within_seeds(base):
     """Both differ alike on documents; only of one pair do the seeds agree."""
-    for spread, words in ((0.001, "a better"), (0.5, "a better, within seeds")):
+    for spread, words in ((0.001, "a better"), (0.5, "a better (within seeds)")):
         a, b = seeds.group(
             [
                 trained(base, row, seed, shift + spread * (seed - 1))
