@@ -64,7 +64,7 @@ def run(tmp_path, corpus, monkeypatch):
     return config.run_dir
 
 
-def test_evaluate_rebuild_then_report_print_the_pages_path_last(run, capsys, monkeypatch):
+def test_evaluating_and_rebuilding_print_the_pages_path_last(run, capsys, monkeypatch):
     assert evaluate.main([f"run={run}", "contexts=16..128", "spans_per_document=2"]) == 0
     folder = run / "eval" / "perplexity"
     lines = capsys.readouterr().out.splitlines()
