@@ -23,7 +23,7 @@ quickstart: $(VENV)/ready
 quickstart-long: $(VENV)/ready
 	@$(RUN) launch/quickstart.sh quickstart_long
 
-# Five small models, three seeds each; about four minutes on one GPU with 16 CPU cores.
+# Five small models, three seeds each; minutes on one GPU with 16 CPU cores.
 compare: $(VENV)/ready
 	@$(RUN) launch/compare_models.sh
 

@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export WORKERS=${WORKERS:-15} OUT=${OUT:-runs/compare} OMP_NUM_THREADS=1
-export EVALUATE=${EVALUATE:-contexts=128..8192 protocols=fixed,stream stream_tokens=32768}
+EVALUATE=${EVALUATE:-contexts=128..8192 protocols=fixed,stream spans_per_document=8 stream_tokens=32768}
+export EVALUATE
 
 say() { printf '\n== %s  [%d s]\n' "$*" "$SECONDS"; }
 
