@@ -97,8 +97,14 @@ def check_model(
         ]
 
 
-def check_coverage(scoring: Pass, table: TokenTable) -> GateResult:
-    """Compares the store of a pass with what its items ask for."""
+def check_coverage(scoring: Pass, table: TokenTable, *, finite: bool = True) -> GateResult:
+    """Compares the store of a pass with what its items ask for.
+
+    Args:
+        scoring: the pass.
+        table: its store.
+        finite: count losses that are not finite as violations.
+    """
     docs, positions = scored_positions(scoring.items)
     asked = np.stack([docs, positions])
     scored = np.stack([table.doc.astype(np.int64), table.position.astype(np.int64)])
@@ -106,7 +112,9 @@ def check_coverage(scoring: Pass, table: TokenTable) -> GateResult:
     wrong = abs(asked.shape[1] - scored.shape[1]) + (asked.shape[1] - unique)
     if asked.shape == scored.shape:
         wrong += int((asked != scored).any(axis=0).sum())
-    wrong += int((~np.isfinite(table.nll) | (table.nll < 0)).sum())
+    wrong += int((table.nll < 0).sum())
+    if finite:
+        wrong += int((~np.isfinite(table.nll)).sum())
     return GateResult(
         "coverage", wrong == 0, float(wrong), 0.0, f"{scoring.name}: {asked.shape[1]} tokens asked"
     )

@@ -68,6 +68,7 @@ class HuggingFaceScorer:
         self.new_cache = transformers.DynamicCache
         self.folder, self.device, self.precision = folder, device, precision
         self.vocab_size: int = self.model.config.vocab_size
+        self.constant_state = False
         self.max_tokens: int | None = getattr(self.model.config, "max_position_embeddings", None)
 
     def nll(

@@ -38,6 +38,7 @@ class LanguageModelScorer:
         self.precision = precision
         self.vocab_size = model.config.vocab_size
         self.reset_grid = model.reset_grid
+        self.constant_state = model.constant_state
 
     def nll(self, tokens: Tensor, state: Any = None, *, score_from: int = 0) -> tuple[Tensor, Any]:
         with torch.autocast(

@@ -5,6 +5,7 @@
     OUT/result.json       the same and the metrics
     OUT/curve.csv         the metrics as a table
     OUT/curve.png         bits per byte and gain over context
+    OUT/tensorboard       the metrics as scalars
 
 What is scored is kept: a second run with the same weights, data and protocol rescores nothing. On
 one machine with one number of threads, `result.json` of an interrupted and resumed run, of one
@@ -37,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals import gates, plots, protocols, stats
+from evals import gates, plots, protocols, stats, tensorboard
 from evals.documents import EvalDocuments
 from evals.passes import score_passes
 from evals.processes import Processes
@@ -201,13 +202,10 @@ def run(
             "schema": SCHEMA,
             "suite": "perplexity",
             "name": name,
-            **_facts(model, documents, train_length, provenance or {}),
-            "protocols": [_protocol_record(scoring, tables[scoring.name]) for scoring in passes],
+            **header(model, documents, train_length, provenance or {}),
+            "protocols": [protocol_record(scoring, tables[scoring.name]) for scoring in passes],
             "gates": [gate.as_dict() for gate in checked],
-            "cost": [
-                {"pass": key, "context": table.meta["context"], **table.meta["cost"]}
-                for key, table in tables.items()
-            ],
+            "cost": costs(tables),
         }
         facts["model"]["weights_sha256"] = before
         write_bytes(out_dir / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
@@ -217,6 +215,7 @@ def run(
         if among.is_main:
             for stale in OUTPUTS:
                 (out_dir / stale).unlink(missing_ok=True)
+            tensorboard.clear(out_dir)
         longest = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
         checked += gates.check_model(model, documents, longest)
         gates.require(checked)
@@ -245,15 +244,35 @@ def rebuild(out_dir: Path) -> dict[str, Any]:
         ValueError: nothing was evaluated there, a pass is missing, or it is not the one that the
             facts are about.
     """
+    facts, tables = load_facts(out_dir, SCHEMA)
+    result = {**facts, "metrics": derive(tables, facts["model"]["train_length"])}
+    trained_steps = result["model"].get("trained_steps", 0)
+    tensorboard.write(result["metrics"], out_dir, trained_steps)
+    write_bytes(out_dir / "curve.csv", curve_csv(result["metrics"]).encode())
+    write_bytes(out_dir / "curve.png", plots.to_png(plots.curve_figure([result])))
+    write_bytes(out_dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def load_facts(out_dir: Path, schema: str) -> tuple[dict[str, Any], list[TokenTable]]:
+    """facts.json and the passes that it is about.
+
+    Args:
+        out_dir: the folder of an evaluation.
+        schema: of the suite.
+
+    Raises:
+        ValueError: nothing was evaluated there, a pass is missing, or it is another one.
+    """
     try:
         facts = json.loads((out_dir / FACTS).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{out_dir / FACTS}: cannot be read ({error}); evaluate again, what is scored is kept"
         ) from error
-    if facts["schema"] != SCHEMA:
+    if facts["schema"] != schema:
         raise ValueError(
-            f"{out_dir / FACTS}: schema={facts['schema']}, this code reads {SCHEMA}; evaluate again"
+            f"{out_dir / FACTS}: schema={facts['schema']}, this code reads {schema}; evaluate again"
         )
     tables = []
     for record in facts["protocols"]:
@@ -264,20 +283,24 @@ def rebuild(out_dir: Path) -> dict[str, Any]:
                 f"{path}: is not the pass that {FACTS} is about; evaluate again, what is scored is "
                 "kept"
             )
-    result = {**facts, "metrics": derive(tables, facts["model"]["train_length"])}
-    write_bytes(out_dir / "curve.csv", curve_csv(result["metrics"]).encode())
-    write_bytes(out_dir / "curve.png", plots.to_png(plots.curve_figure([result])))
-    write_bytes(out_dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result
+    return facts, tables
 
 
-def _facts(
+def costs(tables: Mapping[str, TokenTable]) -> list[dict[str, Any]]:
+    """Tokens, seconds and memory of every pass."""
+    return [
+        {"pass": key, "context": table.meta["context"], **table.meta["cost"]}
+        for key, table in tables.items()
+    ]
+
+
+def header(
     model: ScoredModel,
     documents: EvalDocuments,
     train_length: int,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """What was evaluated, on what, where and when."""
+    """What a result.json says first: what was evaluated, on what, where and when."""
     about_model = dict(provenance)
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -438,7 +461,8 @@ def _metric(name: str, unit: str, table: TokenTable, estimate: stats.Estimate) -
     }
 
 
-def _protocol_record(scoring: Pass, table: TokenTable) -> dict[str, Any]:
+def protocol_record(scoring: Pass, table: TokenTable) -> dict[str, Any]:
+    """What a result.json says of a pass."""
     return {
         "pass": scoring.name,
         "id": scoring.protocol,
@@ -464,12 +488,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def curve_csv(metrics: Sequence[Metric]) -> str:
+def curve_csv(metrics: Sequence[Metric], more_columns: Sequence[str] = ()) -> str:
     """All metrics as one table."""
     columns = "protocol name unit context position_from position_to value se ci95_low ci95_high"
     columns += " band95_low band95_high n_docs n_tokens n_docs_low"
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns.split(), extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(
+        text, [*columns.split(), *more_columns], extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     for metric in metrics:
         row = dict(metric)

@@ -1,7 +1,7 @@
 """Figures of the perplexity suite: loss and gain over context (log2), with 95 % bands.
 
-Figures are drawn from `result.json` records, one or several runs on one plot; that of
-`evals.streaming` from its own.
+Figures are drawn from `result.json` records, one or several runs on one plot; those of
+`evals.extrapolation` and `evals.streaming` from their own.
 """
 
 import io
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -98,7 +99,7 @@ def curve_panels(
 def draw(panels: Sequence[Panel], results: Sequence[Result]) -> Figure:
     """The panels as one figure, the training length marked in each."""
     with matplotlib.rc_context(STYLE):
-        columns = 2 if len(panels) == 4 else max(len(panels), 1)
+        columns = {4: 2, 5: 3, 6: 3}.get(len(panels), max(len(panels), 1))
         rows = -(-len(panels) // columns) or 1
         figure = Figure(figsize=(4.6 * columns, 3.7 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -152,6 +153,25 @@ def streaming_figure(models: Sequence[dict[str, Any]]) -> Figure:
         lines, names = axes[0].get_legend_handles_labels()
         figure.legend(lines, names, loc="outside right center", fontsize=8)
     return figure
+
+
+def extrapolation_panels(result: Result) -> list[Panel]:
+    """Loss and gains over context, loss by position, the joined stream, and what contexts cost.
+
+    Args:
+        result: result.json of `evals.extrapolation`.
+    """
+    panels = curve_panels([result])
+    if series(result, "gain_beyond_training"):
+        panels.insert(2, Panel("Gain beyond the training length", partial(_draw_verdicts, result)))
+    if any(w["excess"] is not None for w in (result["concat"] or {"windows": []})["windows"]):
+        panels.append(Panel("Drift over joined documents", partial(_draw_concat, result)))
+    return [*panels, Panel("Time per token", partial(_draw_cost, result))]
+
+
+def extrapolation_figure(result: Result) -> Figure:
+    """All of `extrapolation_panels` in one figure."""
+    return draw(extrapolation_panels(result), [result])
 
 
 def to_png(figure: Figure) -> bytes:
@@ -225,6 +245,60 @@ def _draw_position(axis: Axes, results: Sequence[Result]) -> None:
     _context_axis(axis, "position in the document (tokens)")
     axis.set_ylabel("nats per token")
     axis.set_title("Loss by position")
+
+
+def _draw_verdicts(result: Result, axis: Axes) -> None:
+    """Gains beyond the training length, their band and verdicts, and the margin of `flat`."""
+    metrics = series(result, "gain_beyond_training")
+    margin = result["options"]["flat_margin_nats"]
+    axis.axhspan(-margin, margin, color=REFERENCE_COLOUR, alpha=0.12, linewidth=0, label="margin")
+    axis.axhline(0.0, color=REFERENCE_COLOUR, linewidth=0.8)
+    _line(axis, [m["context"] for m in metrics], metrics, result["name"], COLOURS[0])
+    axis.margins(x=0.12)
+    words = {row["context"]: row["verdict"] for row in result["verdicts"]}
+    for metric in metrics:
+        axis.annotate(
+            words[metric["context"]],
+            (metric["context"], metric["value"]),
+            xytext=(-3, 6),
+            textcoords="offset points",
+            fontsize=8,
+            rotation=35,
+        )
+    _context_axis(axis, "context (tokens)")
+    axis.set_ylabel("nats per token")
+    axis.set_title(f"Gain over the training length {result['model']['train_length']:,}")
+
+
+def _draw_concat(result: Result, axis: Axes) -> None:
+    windows = result["concat"]["windows"]
+    middles = [sum(w["position"]) / 2 for w in windows]
+    # A stretch that the other pass has not scored is a gap in the line.
+    excess = [np.nan if w["excess"] is None else w["excess"] for w in windows]
+    axis.plot(middles, excess, "o-", ms=3, lw=1.2, color=COLOURS[1], label=result["name"])
+    axis.set_title("concat: excess over a fresh state per document")
+    axis.axhline(0.0, color=REFERENCE_COLOUR, linewidth=0.8)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, -MIN_GAIN_SPAN), max(high, MIN_GAIN_SPAN))
+    end = windows[-1]["position"][1]
+    axis.set_xticks([end * k / 4 for k in range(5)], [_short(end * k / 4) for k in range(5)])
+    axis.set_xlabel("tokens since the joined stream began")
+    axis.set_ylabel("nats per token")
+
+
+def _draw_cost(result: Result, axis: Axes) -> None:
+    fixed = [cost for cost in result["cost"] if cost["context"]]
+    seconds = [1e6 * cost["seconds"] / cost["input_tokens"] for cost in fixed]
+    axis.plot([cost["context"] for cost in fixed], seconds, "o-", ms=4, lw=1.6, color=COLOURS[0])
+    axis.lines[-1].set_label("fixed, one forward")
+    marks = result["concat"]["marks"] if result["concat"] else []
+    seconds = [1e6 * mark["seconds_per_token"] for mark in marks]
+    axis.plot([mark["tokens"] for mark in marks], seconds, "s--", ms=4, lw=1.2, color=COLOURS[1])
+    axis.lines[-1].set_label("concat, state carried")
+    axis.set_yscale("log")
+    _context_axis(axis, "context (tokens)")
+    axis.set_ylabel("µs per token")
+    axis.set_title("Time per token read")
 
 
 def _line(

@@ -37,6 +37,7 @@ class ScoredModel(Protocol):
         max_tokens: the most that it can see at once; None: any number.
         precision: "fp32" or "bf16", the arithmetic of the forward; it sets the gates' bounds.
         device: where tokens are sent.
+        constant_state: False when the state grows with the context.
     """
 
     vocab_size: int
@@ -44,6 +45,7 @@ class ScoredModel(Protocol):
     max_tokens: int | None
     precision: str
     device: torch.device
+    constant_state: bool
 
     def nll(self, tokens: Tensor, state: Any = None, *, score_from: int = 0) -> tuple[Tensor, Any]:
         """Negative log-likelihoods in nats of the targets tokens[:, 1 + score_from :].
@@ -139,7 +141,7 @@ def score(
             "input_tokens": inputs,
             "seconds": seconds,
             "tokens_per_second": inputs / max(seconds, 1e-9),
-            "peak_memory_bytes": _peak_memory(model.device),
+            "peak_memory_bytes": peak_memory(model.device),
             "peak_memory_of": "pass" if cuda else "process",
         },
     }
@@ -244,7 +246,7 @@ def _table(
     return TokenTable(doc, position, context, nll, n_bytes, meta)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: the accelerator's peak since the pass began, or the process's resident peak so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -183,3 +183,42 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def slope(x: np.ndarray, sums: np.ndarray, weights: np.ndarray) -> Estimate:
+    """b of sums / weights ~ a + b x by weighted least squares, its interval by document.
+
+    The error is HC3 (MacKinnon and White 1985): a document's residual over one minus its leverage,
+    since few documents at the ends of x pull the line towards themselves.
+
+    Args:
+        x: (n_docs,) where each document lies.
+        sums: (n_docs,) numerators.
+        weights: (n_docs,) denominators, above 0.
+
+    Raises:
+        ValueError: fewer than three documents, or all at one x.
+    """
+    x, sums, weights = (np.asarray(a, np.float64) for a in (x, sums, weights))
+    n = len(x)
+    total = weights.sum()
+    off = x - (weights * x).sum() / total
+    spread = (weights * off**2).sum()
+    if n < 3 or spread <= 0:
+        raise ValueError(f"n_docs={n}: a slope needs three documents at different places")
+    y = sums / weights
+    value = (weights * off * y).sum() / spread
+    residual = y - (weights * y).sum() / total - value * off
+    leverage = weights * (1 / total + off**2 / spread)
+    # A document alone at one end has leverage 1 and residual 0: it says nothing of the spread.
+    residual /= np.maximum(1 - leverage, 1e-6)
+    se = float(np.sqrt(((weights * off * residual) ** 2).sum()) / spread)
+    half = float(student_t.ppf(0.975, n - 2)) * se
+    return Estimate(
+        value=float(value),
+        se=se,
+        ci95=(float(value - half), float(value + half)),
+        n_docs=n,
+        n_tokens=int(total),
+        n_docs_low=n < LOW_DOCUMENTS,
+    )

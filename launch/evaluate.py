@@ -2,6 +2,7 @@
 
     python launch/evaluate.py run=runs/NAME suite=perplexity contexts=64..8192
     torchrun --nproc_per_node=4 launch/evaluate.py run=runs/NAME suite=all
+    python launch/evaluate.py run=runs/NAME suite=extrapolation multiples=1/8..256
     python launch/evaluate.py rebuild run=runs/NAME suite=perplexity
     python launch/evaluate.py curves runs/rows/* out=runs/rows_curves baseline=swa_tiny
     python launch/evaluate.py streaming models=swa_tiny,bst_tiny out=runs/streaming
@@ -28,7 +29,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evals import curves, perplexity_suite, streaming
+from evals import curves, extrapolation_suite, perplexity_suite, streaming
+from evals.extrapolation_suite import ExtrapolationArguments
 from evals.gates import GateFailure
 from evals.perplexity_suite import PerplexityArguments
 from evals.processes import ProcessLost
@@ -90,6 +92,9 @@ class Suite(NamedTuple):
 
 SUITES: dict[str, Suite] = {
     "perplexity": Suite(PerplexityArguments, perplexity_suite.evaluate, perplexity_suite.rebuild),
+    "extrapolation": Suite(
+        ExtrapolationArguments, extrapolation_suite.evaluate, extrapolation_suite.rebuild
+    ),
 }
 
 

@@ -100,6 +100,19 @@ def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
     assert "tiny word ppl" in page
 
 
+def test_extrapolation_says_what_it_found_and_prints_the_pages_path_last(run, capsys):
+    words = [f"run={run}", "suite=extrapolation", "min_documents=4", "concat_tokens=1024"]
+    assert evaluate.main([*words, "multiples=1/2..4"]) == 0
+    folder = run / "eval" / "extrapolation"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("flat at 64, 128 tokens, against 32: ")
+    assert lines[-1] == str(folder / "report.html")
+    before = (folder / "result.json").read_text()
+    assert evaluate.main(["rebuild", f"run={run}", "suite=extrapolation"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert (folder / "result.json").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -113,6 +126,8 @@ def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
         (["RUN", "suite=glue"], "suite=glue is not known; use one of perplexity"),
         (["RUN", "suite=lra"], "use python -m evals.lra"),
         (["RUN", "suite=all", "context=64"], "context=64: not known"),
+        (["RUN", "suite=extrapolation", "multiples=1/3,1"], "multiples=1/3,1: 1/3 of the"),
+        (["RUN", "suite=extrapolation"], "only 4 of 4 documents have the 34 tokens"),
         (["RUN", "protocols=fixed,slide"], "protocols=fixed,slide"),
         (["RUN", "device=abacus"], "device=abacus cannot be used"),
         (["RUN", "tag=step_9"], "step_9: is not there"),

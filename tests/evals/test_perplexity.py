@@ -152,6 +152,7 @@ def test_files_are_complete_and_agree(tmp_path):
     assert [float(row["value"]) for row in rows] == [m["value"] for m in result["metrics"]]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert {path.suffix for path in (tmp_path / "tokens").iterdir()} == {".npz"}
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     assert all(m["n_docs_low"] for m in result["metrics"])
     for record in result["protocols"]:
         if record["id"].startswith("fixed"):

@@ -111,3 +111,34 @@ def test_a_band_is_a_function_of_its_seed_however_many_draws_run_at_once(monkeyp
     monkeypatch.setattr(stats, "COUNTS_AT_ONCE", 30 * 7)
     parts = stats.simultaneous_band(sums, weights, draws=50)
     np.testing.assert_allclose(parts, whole, rtol=1e-12)
+
+
+def test_slope_is_weighted_least_squares_with_the_sandwich_error():
+    """Against the normal equations, and HC3 written out with the hat matrix."""
+    rng = np.random.default_rng(5)
+    n_docs = 9
+    x, weights = np.sort(rng.random(n_docs)), rng.integers(50, 500, n_docs).astype(float)
+    y = 0.3 + 0.2 * x + rng.normal(0, 0.05, n_docs)
+    estimate = stats.slope(x, y * weights, weights)
+    design, scale = np.stack([np.ones(n_docs), x], axis=1), np.diag(weights)
+    bread = np.linalg.inv(design.T @ scale @ design)
+    coefficients = bread @ design.T @ scale @ y
+    leverage = np.diag(design @ bread @ design.T @ scale)
+    residual = (y - design @ coefficients) / (1 - leverage)
+    error = bread @ design.T @ scale @ np.diag(residual**2) @ scale @ design @ bread
+    assert estimate.value == pytest.approx(coefficients[1])
+    assert estimate.se == pytest.approx(np.sqrt(error[1, 1]))
+
+
+def test_slope_intervals_of_a_dozen_documents_cover_the_truth():
+    rng = np.random.default_rng(6)
+    covered = 0
+    for _ in range(1000):
+        tokens = np.exp(rng.normal(8.0, 0.6, 12))
+        x = (np.cumsum(tokens) - tokens / 2) / tokens.sum()
+        mean = 0.02 * x + rng.normal(0.0, 0.015, 12)
+        low, high = stats.slope(x, mean * tokens, tokens).ci95
+        covered += low <= 0.02 <= high
+    assert 0.93 <= covered / 1000 <= 0.99
+    with pytest.raises(ValueError, match="three documents"):
+        stats.slope(x[:2], mean[:2], tokens[:2])

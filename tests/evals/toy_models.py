@@ -4,6 +4,7 @@ Each is a `ScoredModel` on the CPU. V is the vocabulary, id 1 is BOS.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ class ToyModel:
     max_tokens: int | None = None
     precision = "fp32"
     device = torch.device("cpu")
+    constant_state = True
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -186,3 +188,32 @@ def markov_documents(
             ids.append(last)
         documents.append(np.array(ids))
     return documents_of(documents, vocab_size), table
+
+
+class CountState(NamedTuple):
+    seen: Tensor  # (B,) inputs since the state was fresh
+
+
+class ByContext(ToyModel):
+    """A token behind c inputs costs `loss(c)` nats, whatever it is; id 0 takes what is left.
+
+    Args:
+        vocab_size: V, of which id 0 never occurs.
+        loss: of c int64, in nats float64, at least ln V everywhere.
+    """
+
+    def __init__(self, vocab_size: int, loss: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(vocab_size)
+        self.loss = loss
+
+    def log_p(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        seen = state.seen if state else torch.zeros(len(inputs), dtype=torch.int64)
+        at = seen[:, None] + torch.arange(inputs.shape[1])
+        cost = self.loss(at)
+        rest = torch.log1p(-(self.vocab_size - 1) * torch.exp(-cost)).clamp(max=0)
+        log_p = (-cost)[..., None].repeat(1, 1, self.vocab_size)
+        log_p[..., 0] = rest
+        return log_p, CountState(seen + inputs.shape[1])
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.loss(torch.arange(4096)).numpy().tobytes()).hexdigest()

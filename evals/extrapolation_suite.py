@@ -1,0 +1,73 @@
+"""`suite=extrapolation` of launch/evaluate.py: from words of a command line to a folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals import extrapolation, extrapolation_report
+from evals.extrapolation import ExtrapolationOptions, parse_multiples
+from evals.protocols import parse_contexts
+from evals.subject import SubjectArguments, open_subject
+
+
+@dataclass
+class ExtrapolationArguments(SubjectArguments):
+    """What `suite=extrapolation` understands; see `ExtrapolationOptions`, lengths in tokens."""
+
+    multiples: str = "1/8..256"  # of the training length
+    contexts: str = ""  # instead of multiples
+    span_tokens: int | None = None
+    spans_per_document: int = 4
+    min_documents: int = ExtrapolationOptions.min_documents
+    stream_tokens: int | None = None
+    segment_tokens: int = 2048
+    concat_tokens: int = ExtrapolationOptions.concat_tokens  # 0: none
+    growing_tokens: int = ExtrapolationOptions.growing_tokens
+    flat_margin_nats: float = ExtrapolationOptions.flat_margin_nats
+    diverge_nats: float = ExtrapolationOptions.diverge_nats
+
+
+def evaluate(arguments: ExtrapolationArguments, command: str) -> None:
+    """Scores a model and writes its folder, in every process of the launch."""
+    subject = open_subject(arguments)
+    train_length = subject.train_length
+    contexts = (
+        parse_contexts(arguments.contexts)
+        if arguments.contexts
+        else parse_multiples(arguments.multiples, train_length)
+    )
+    out_dir = subject.results / (arguments.name or "extrapolation")
+    result = extrapolation.run(
+        subject.model,
+        subject.documents,
+        ExtrapolationOptions(
+            contexts=contexts,
+            span_tokens=arguments.span_tokens,
+            spans_per_document=arguments.spans_per_document,
+            min_documents=arguments.min_documents,
+            stream_tokens=arguments.stream_tokens,
+            segment_tokens=arguments.segment_tokens,
+            concat_tokens=arguments.concat_tokens,
+            growing_tokens=arguments.growing_tokens,
+            flat_margin_nats=arguments.flat_margin_nats,
+            diverge_nats=arguments.diverge_nats,
+        ),
+        out_dir,
+        name=subject.name,
+        train_length=train_length,
+        provenance={"command": command, **subject.provenance},
+        processes=subject.processes,
+    )
+    if subject.processes.is_main:
+        show(result, out_dir)
+
+
+def rebuild(out_dir: Path) -> None:
+    """Derives everything in a folder anew from its token store, and prints the same."""
+    show(extrapolation.rebuild(out_dir), out_dir)
+
+
+def show(result: dict[str, Any], out_dir: Path) -> None:
+    """Prints what was found, writes the page and prints its path last."""
+    print("\n".join(extrapolation_report.findings(result)))
+    print(extrapolation_report.write(result, out_dir))
