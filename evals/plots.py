@@ -1,17 +1,18 @@
 """Figures of the perplexity suite: loss and gain over context (log2), with 95 % bands.
 
 Figures are drawn from `result.json` records, one or several runs on one plot; those of
-`evals.extrapolation` and `evals.streaming` from their own.
+`evals.extrapolation` and `evals.streaming` from their own. Heat maps are those of `evals.recall`.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -172,6 +173,63 @@ def extrapolation_panels(result: Result) -> list[Panel]:
 def extrapolation_figure(result: Result) -> Figure:
     """All of `extrapolation_panels` in one figure."""
     return draw(extrapolation_panels(result), [result])
+
+
+def draw_heat_map(
+    figure: Figure, axis: Axes, metrics: Sequence[dict[str, Any]], title: str, train_length: int
+) -> None:
+    """Accuracy over depth and length: white at chance, blue above it, red below.
+
+    Args:
+        figure: gets the colour bar, on which chance is marked.
+        axis: lengths to the right, depths downwards, as one reads.
+        metrics: of one probe: `length`, `depth`, `value`, `ci95_by_trial`, `chance`. Values whose
+            interval holds chance are grey and slanted.
+        title: of the panel.
+        train_length: a dotted line parts the lengths beyond it from the others.
+    """
+    lengths = sorted({metric["length"] for metric in metrics})
+    depths = sorted({metric["depth"] for metric in metrics})
+    chance = metrics[0]["chance"]
+    values = np.full((len(depths), len(lengths)), np.nan)
+    for metric in metrics:
+        y, x = depths.index(metric["depth"]), lengths.index(metric["length"])
+        values[y, x] = metric["value"]
+        low, high = metric["ci95_by_trial"]
+        undecided = low <= chance <= high
+        strong = abs(metric["value"] - chance) > 0.6 * (1 - chance)
+        colour = REFERENCE_COLOUR if undecided else "white" if strong else "#111827"
+        style = "italic" if undecided else "normal"
+        percent = f"{100 * metric['value']:.0f}"
+        axis.text(x, y, percent, ha="center", va="center", color=colour, style=style)
+    norm = TwoSlopeNorm(chance, vmin=0.0, vmax=1.0)
+    image = axis.imshow(values, cmap="RdBu", norm=norm, aspect="auto")
+    bar = figure.colorbar(image, ax=axis, ticks=[0.0, chance, 0.25, 0.5, 0.75, 1.0])
+    bar.ax.set_yticklabels(["0", f"chance {100 * chance:.0f}", "25", "50", "75", "100"])
+    bar.ax.axhline(chance, color="#111827", linewidth=1.2)
+    within = sum(length <= train_length for length in lengths)
+    axis.axvline(within - 0.5, color="#f59e0b", linestyle=":", linewidth=2.2)
+    axis.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
+    axis.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
+    axis.grid(False)
+    axis.set_xlabel("context (tokens)")
+    axis.set_ylabel("depth: text before it")
+    axis.set_title(title)
+
+
+def draw_losses(
+    axis: Axes, lines: Mapping[str, Sequence[dict[str, Any]]], title: str, train_length: int
+) -> None:
+    """Losses over length, a labelled line with its 95 % intervals each."""
+    for colour, (label, metrics) in zip(COLOURS, lines.items(), strict=False):
+        _line(axis, [metric["length"] for metric in metrics], metrics, label, colour)
+    axis.axvline(
+        train_length, color="#111827", linestyle=":", linewidth=1.2, label="training length"
+    )
+    _context_axis(axis, "distance (tokens)")
+    axis.set_ylabel("nats per token")
+    axis.set_title(title)
+    axis.legend(loc="best", fontsize=9)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -34,11 +34,11 @@ import numpy as np
 _GOLDEN = 0.6180339887498949
 
 
-def parse_contexts(text: str) -> tuple[int, ...]:
+def parse_contexts(text: str, key: str = "contexts") -> tuple[int, ...]:
     """`64..8192` doubles from 64 to 8192; `64,512,8192` is a list.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: the value of `key` is neither of the two.
     """
     try:
         if ".." in text:
@@ -52,7 +52,7 @@ def parse_contexts(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"contexts={text} is neither FIRST..LAST nor a list; use 64..8192 or 64,512,8192"
+            f"{key}={text} is neither FIRST..LAST nor a list; use 64..8192 or 64,512,8192"
         ) from None
 
 

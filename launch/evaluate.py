@@ -3,6 +3,7 @@
     python launch/evaluate.py run=runs/NAME suite=perplexity contexts=64..8192
     torchrun --nproc_per_node=4 launch/evaluate.py run=runs/NAME suite=all
     python launch/evaluate.py run=runs/NAME suite=extrapolation multiples=1/8..256
+    python launch/evaluate.py run=runs/NAME suite=recall lengths=256..4096 depths=0,0.5,1
     python launch/evaluate.py rebuild run=runs/NAME suite=perplexity
     python launch/evaluate.py curves runs/rows/* out=runs/rows_curves baseline=swa_tiny
     python launch/evaluate.py streaming models=swa_tiny,bst_tiny out=runs/streaming
@@ -35,6 +36,8 @@ from evals.gates import GateFailure
 from evals.perplexity_suite import PerplexityArguments
 from evals.processes import ProcessLost
 from evals.protocols import parse_contexts
+from evals.recall import suite as recall_suite
+from evals.recall.suite import RecallArguments
 from evals.subject import SubjectArguments
 from pretrain.command_line import parse
 from pretrain.config import CONFIG_DIR, load_config
@@ -95,6 +98,7 @@ SUITES: dict[str, Suite] = {
     "extrapolation": Suite(
         ExtrapolationArguments, extrapolation_suite.evaluate, extrapolation_suite.rebuild
     ),
+    "recall": Suite(RecallArguments, recall_suite.evaluate, recall_suite.rebuild),
 }
 
 

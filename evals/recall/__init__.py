@@ -1,1 +1,1 @@
-"""Synthetic recall: small models trained from scratch on tasks that only a memory can solve."""
+"""Recall: small models trained from scratch on tasks of memory, and probes of trained runs."""

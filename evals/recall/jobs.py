@@ -46,7 +46,7 @@ class Experiment:
             "seed": seed,
             "learning_rate": learning_rate,
             "task": {"name": type(self.task).__name__, **asdict(self.task)},
-            "options": asdict(self.options),
+            "options": asdict(self.options) | {"test_lengths": list(self.options.test_lengths)},
             "layers": list(config.layers.pattern),
             "mixers": config.mixers,
         }

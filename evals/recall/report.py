@@ -22,7 +22,6 @@ from evals.stats import wilson
 from evals.trainings import Result, best
 
 BAR = 0.95
-TESTS = ("whole", "stream", "stream_long")
 
 _COLOURS = dict(zip(map(str, Memory), COLOURS, strict=False))
 
@@ -43,10 +42,9 @@ def summarise(results: Sequence[Result], chance: float, *, bars: bool) -> list[d
             continue
         seeds = sorted({result["settings"]["seed"] for result in trainings})
         chosen = [best(trainings, row, seed) for seed in seeds]
-        accuracy = {test: [_accuracy(result, test) for result in chosen] for test in TESTS}
-        n_documents = sum(result["tests"]["whole"]["documents"] for result in chosen)
-        mean = float(np.mean(accuracy["whole"]))
-        interval = wilson(mean * n_documents, n_documents)
+        tests = {test: _pooled(chosen, test) for test in chosen[0]["tests"]}
+        accuracy = {test: pooled["per_seed"] for test, pooled in tests.items()}
+        interval = tests["whole"]["ci95"]
         shown = None
         if bars and model.memory is Memory.LOCAL:
             shown = interval[0] <= chance <= interval[1]
@@ -56,15 +54,12 @@ def summarise(results: Sequence[Result], chance: float, *, bars: bool) -> list[d
             {
                 "model": row,
                 "memory": str(model.memory),
-                "accuracy": mean,
-                "ci95": list(interval),
-                "stream": float(np.mean(accuracy["stream"])),
-                "stream_long": float(np.mean(accuracy["stream_long"])),
-                "per_seed": accuracy,
+                "accuracy": tests["whole"]["accuracy"],
+                "ci95": interval,
+                "tests": tests,
                 "seeds": seeds,
                 "learning_rates": [result["settings"]["learning_rate"] for result in chosen],
                 "steps": [result["steps"] for result in chosen],
-                "test_documents": n_documents,
                 "state_floats": chosen[0]["state_floats"],
                 "parameters": chosen[0]["parameters"],
                 "shown": shown,
@@ -83,23 +78,22 @@ def bars_line(records: Sequence[dict[str, Any]]) -> str:
     return f"{line}; not: {', '.join(missed)}" if missed else line
 
 
-def markdown(records: Sequence[dict[str, Any]], stretch: int) -> str:
+def markdown(records: Sequence[dict[str, Any]]) -> str:
     """The table of the README; accuracies in %."""
-    lines = [
-        "| model | memory | accuracy | 95 % interval | each seed | streamed "
-        f"| {stretch}x as long | state per layer | parameters |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    longer = [test for test in records[0]["tests"] if test not in ("whole", "stream")]
+    header = ["model", "memory", "accuracy", "95 % interval", "each seed", "streamed"]
+    header += [f"{test} as long" for test in longer] + ["state per layer", "parameters"]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for record in records:
         low, high = record["ci95"]
+        tests = record["tests"]
         cells = [
             f"`{record['model']}`",
             record["memory"],
             _percent(record["accuracy"]),
             f"{_percent(low)} to {_percent(high)}",
-            ", ".join(map(_percent, record["per_seed"]["whole"])),
-            _percent(record["stream"]),
-            _percent(record["stream_long"]),
+            ", ".join(map(_percent, tests["whole"]["per_seed"])),
+            *(_percent(tests[test]["accuracy"]) for test in ("stream", *longer)),
             " + ".join(f"{floats:,}" for floats in record["state_floats"]),
             f"{record['parameters']:,}",
         ]
@@ -108,45 +102,43 @@ def markdown(records: Sequence[dict[str, Any]], stretch: int) -> str:
 
 
 def to_csv(records: Sequence[dict[str, Any]]) -> str:
-    """One line per model and seed."""
+    """One line per model, seed and test."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["model", "memory", "seed", "learning_rate", "steps", *TESTS, "state_floats", "parameters"]
-    )
+    columns = "model memory seed learning_rate steps test tokens documents accuracy ci95_low"
+    writer.writerow([*columns.split(), "ci95_high", "state_floats", "parameters"])
     for record in records:
         for k, seed in enumerate(record["seeds"]):
-            writer.writerow(
-                [
-                    *(record["model"], record["memory"], seed),
-                    *(record["learning_rates"][k], record["steps"][k]),
-                    *(record["per_seed"][test][k] for test in TESTS),
-                    *(sum(record["state_floats"]), record["parameters"]),
-                ]
-            )
+            for name, test in record["tests"].items():
+                accuracy, documents = test["per_seed"][k], test["documents_per_seed"]
+                writer.writerow(
+                    [
+                        *(record["model"], record["memory"], seed),
+                        *(record["learning_rates"][k], record["steps"][k]),
+                        *(name, test["tokens"], documents, accuracy),
+                        *wilson(accuracy * documents, documents),
+                        *(sum(record["state_floats"]), record["parameters"]),
+                    ]
+                )
     return text.getvalue()
 
 
-def figure(
-    records: Sequence[dict[str, Any]], chance: float, title: str, *, over_state: bool
-) -> Figure:
-    """Accuracy by model and, `over_state`, over the size of its state."""
+def figure(records: Sequence[dict[str, Any]], chance: float, title: str) -> Figure:
+    """Accuracy by model, over the size of its state, and over the length of the document."""
     with matplotlib.rc_context(STYLE):
-        drawn = Figure(
-            figsize=(10 if over_state else 6.5, 1.2 + 0.27 * len(records)), layout="constrained"
-        )
-        axes = drawn.subplots(1, 2 if over_state else 1, squeeze=False)[0]
-        _draw_by_model(axes[0], records, chance)
-        axes[0].set_title(title)
-        if over_state:
-            _draw_over_state(axes[1], records, chance)
+        drawn = Figure(figsize=(16, max(4.0, 1.2 + 0.27 * len(records))), layout="constrained")
+        by_model, over_state, over_length = drawn.subplots(1, 3)
+        _draw_by_model(by_model, records, chance)
+        by_model.set_title(title)
+        _draw_over_state(over_state, records, chance)
+        _draw_over_length(over_length, records, chance)
     return drawn
 
 
 def _draw_by_model(axis: Axes, records: Sequence[dict[str, Any]], chance: float) -> None:
     labelled = set()
     for y, record in enumerate(records):
-        kind, seeds = record["memory"], record["per_seed"]["whole"]
+        kind, seeds = record["memory"], record["tests"]["whole"]["per_seed"]
         label = None if kind in labelled else kind
         labelled.add(kind)
         axis.plot(record["ci95"], [y, y], color=_COLOURS[kind], linewidth=2)
@@ -172,9 +164,41 @@ def _draw_over_state(axis: Axes, records: Sequence[dict[str, Any]], chance: floa
     axis.set_title("Accuracy over state size")
 
 
-def _accuracy(result: Result, test: str) -> float:
-    counts = result["tests"][test]
-    return counts["correct"] / counts["answers"]
+def _draw_over_length(axis: Axes, records: Sequence[dict[str, Any]], chance: float) -> None:
+    """Shaded: the 95 % interval of all seeds' documents."""
+    for k, record in enumerate(records):
+        # Whole, at the trained length; all longer ones are streamed.
+        tests = [test for name, test in record["tests"].items() if name != "stream"]
+        lengths, colour = [test["tokens"] for test in tests], matplotlib.colormaps["tab20"](k % 20)
+        accuracy = [test["accuracy"] for test in tests]
+        axis.plot(lengths, accuracy, "o-", ms=3, lw=1.3, color=colour, label=record["model"])
+        low, high = zip(*(test["ci95"] for test in tests), strict=True)
+        axis.fill_between(lengths, low, high, color=colour, alpha=0.13, linewidth=0)
+    axis.axhline(chance, color=REFERENCE_COLOUR, linestyle=":")
+    trained = records[0]["tests"]["whole"]["tokens"]
+    axis.axvline(trained, color="#111827", linestyle=":", linewidth=1.2)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set_xlabel("document (tokens); dotted: trained length, chance")
+    axis.set_ylim(-0.03, 1.08)
+    axis.set_title("Accuracy over length, trained short")
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+
+
+def _pooled(chosen: Sequence[Result], test: str) -> dict[str, Any]:
+    """A test's counts over the seeds' trainings."""
+    counts = [result["tests"][test] for result in chosen]
+    per_seed = [count["correct"] / count["answers"] for count in counts]
+    accuracy = float(np.mean(per_seed))
+    documents = sum(count["documents"] for count in counts)
+    return {
+        "accuracy": accuracy,
+        "ci95": list(wilson(accuracy * documents, documents)),
+        "per_seed": per_seed,
+        "tokens": counts[0]["tokens"],
+        "documents": documents,
+        "documents_per_seed": counts[0]["documents"],
+    }
 
 
 def _percent(share: float) -> str:

@@ -53,9 +53,9 @@ class RecallTask(Protocol):
         ...
 
 
-def generator(seed: int, split: str) -> np.random.Generator:
-    """The random numbers of a split for one seed."""
-    return np.random.default_rng([seed, SPLITS.index(split)])
+def generator(seed: int, split: str, factor: int = 1) -> np.random.Generator:
+    """The random numbers of a split for one seed; documents `factor` times as long have others."""
+    return np.random.default_rng([seed, SPLITS.index(split), factor])
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,176 @@ class MultiQueryRecall:
 
     def stretched(self, factor: int) -> "MultiQueryRecall":
         return replace(self, seq_len=factor * self.seq_len)
+
+
+@dataclass(frozen=True)
+class InductionHeads:
+    """The token behind a special one, at the special one's second appearance.
+
+        ~ ~ ~ *  a  ~ ~ ~ ~ ~ ~ ~ *                  ~: any of V - 1 symbols; at the last * a is due
+
+    The task of Fu et al. (2022, 2212.14052) in the setting of Gu & Dao (2023, 2312.00752): trained
+    on 256 tokens of a vocabulary of 16, tested on 64 to 1,048,576. The first * is uniform over all
+    places that leave room for a, which so stands 1 to T - 2 tokens before the question: what a
+    window alone gets right beyond `chance` are the nearest of these.
+
+    Attributes:
+        seq_len: T.
+        vocab_size: V, of which the last id is *.
+    """
+
+    seq_len: int = 256
+    vocab_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 3 or self.vocab_size < 3:
+            raise ValueError(
+                f"seq_len={self.seq_len}, vocab_size={self.vocab_size}: the special token, what "
+                f"follows it and the question need 3 places, and two symbols a third id"
+            )
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocab_size - 1)
+
+    def sample(self, rng: np.random.Generator, n_examples: int) -> Examples:
+        special, rows = self.vocab_size - 1, np.arange(n_examples)
+        tokens = rng.integers(special, size=(n_examples, self.seq_len))
+        first = rng.integers(self.seq_len - 2, size=n_examples)
+        tokens[rows, first] = tokens[:, -1] = special
+        targets, loss_mask = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=bool)
+        targets[:, -1] = tokens[rows, first + 1]
+        loss_mask[:, -1] = True
+        return Examples(tokens, targets, loss_mask)
+
+    def stretched(self, factor: int) -> "InductionHeads":
+        return replace(self, seq_len=factor * self.seq_len)
+
+
+@dataclass(frozen=True)
+class SelectiveCopy:
+    """Data tokens among noise, to be repeated in their order at the end.
+
+        ~ a ~ ~ b ~ ~ ~ c ~ ~ ?  ?  ?        ~: the one noise token; at the ?s a, b, c are due
+
+    Selective copying of Gu & Dao (2023, 2312.00752): 16 data tokens and a vocabulary of 16 in 4,096
+    tokens, which here count the ?s. Data tokens stand at random places, so that no fixed lag will
+    do, and may repeat. Ids are 0 for noise, 1 .. V - 2 for data and V - 1 for ?.
+
+    Attributes:
+        seq_len: T, with n_data questions at its end.
+        n_data: tokens to repeat.
+        vocab_size: V.
+    """
+
+    seq_len: int = 4096
+    n_data: int = 16
+    vocab_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_data <= self.seq_len // 2:
+            raise ValueError(
+                f"n_data={self.n_data} does not fit into seq_len={self.seq_len}: each takes a "
+                f"place to stand and one to be asked for"
+            )
+        if self.vocab_size < 4:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} must be at least 4: noise, question, two data tokens"
+            )
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.vocab_size - 2)
+
+    def sample(self, rng: np.random.Generator, n_examples: int) -> Examples:
+        n_context = self.seq_len - self.n_data
+        places = np.sort(_distinct(rng, np.zeros(n_context), n_examples, self.n_data), axis=1)
+        data = rng.integers(1, self.vocab_size - 1, size=(n_examples, self.n_data))
+        tokens = np.zeros((n_examples, self.seq_len), dtype=np.int64)
+        np.put_along_axis(tokens, places, data, axis=1)
+        tokens[:, n_context:] = self.vocab_size - 1
+        targets, loss_mask = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=bool)
+        targets[:, n_context:] = data
+        loss_mask[:, n_context:] = True
+        return Examples(tokens, targets, loss_mask)
+
+    def stretched(self, factor: int) -> "SelectiveCopy":
+        return replace(self, seq_len=factor * self.seq_len)
+
+
+@dataclass(frozen=True)
+class PhoneBook:
+    """Names with numbers; one name is asked for, and its number is given digit by digit.
+
+        A K 3 1 4   Q B 2 7 1   ...   ? Q B 2 7                       at the last B 2 7 the 2 7 1
+
+    The lookup of Jelassi et al. (2024, 2402.01032), who try it on pretrained models over text; in
+    synthetic tokens, and trained from scratch, it is ours, as are its sizes. Names of a book are
+    different but may share letters: only all of them tell a name. The right digits so far are
+    shown: an answer is one digit.
+
+    Attributes:
+        n_entries: N of a book; a stretched book has more of them.
+        name_length: letters of a name.
+        number_length: digits of a number.
+        n_letters: ids 0 .. n_letters - 1; then come ten digits and the question mark.
+    """
+
+    n_entries: int
+    name_length: int = 2
+    number_length: int = 4
+    n_letters: int = 26
+
+    def __post_init__(self) -> None:
+        if min(self.n_entries, self.name_length, self.number_length) < 1:
+            raise ValueError(
+                f"n_entries={self.n_entries}, name_length={self.name_length}, "
+                f"number_length={self.number_length} must all be at least 1"
+            )
+        if self.n_entries > self.n_letters**self.name_length:
+            raise ValueError(
+                f"n_entries={self.n_entries} does not fit: {self.name_length} letters of "
+                f"{self.n_letters} make {self.n_letters**self.name_length} names; use a larger "
+                f"name_length or n_letters"
+            )
+
+    @property
+    def entry_length(self) -> int:
+        return self.name_length + self.number_length
+
+    @property
+    def seq_len(self) -> int:
+        return (self.n_entries + 1) * self.entry_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self.n_letters + 11
+
+    @property
+    def chance(self) -> float:
+        return 1 / 10
+
+    def sample(self, rng: np.random.Generator, n_examples: int) -> Examples:
+        question = self.n_letters + 10
+        n_names = self.n_letters**self.name_length
+        names = _distinct(rng, np.zeros(n_names), n_examples, self.n_entries)
+        power = self.n_letters ** np.arange(self.name_length)
+        letters = names[..., None] // power % self.n_letters
+        digits = self.n_letters + rng.integers(
+            10, size=(n_examples, self.n_entries, self.number_length)
+        )
+        entries = np.concatenate([letters, digits], axis=2)
+        asked = entries[np.arange(n_examples), rng.integers(self.n_entries, size=n_examples)]
+        # The last digit is an answer and no input, which is the place of the question mark.
+        asking = np.concatenate([np.full((n_examples, 1), question), asked[:, :-1]], axis=1)
+        tokens = np.concatenate([entries.reshape(n_examples, -1), asking], axis=1)
+        targets, loss_mask = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=bool)
+        targets[:, -self.number_length :] = asked[:, -self.number_length :]
+        loss_mask[:, -self.number_length :] = True
+        return Examples(tokens, targets, loss_mask)
+
+    def stretched(self, factor: int) -> "PhoneBook":
+        return replace(self, n_entries=factor * self.n_entries)
 
 
 def _distinct(

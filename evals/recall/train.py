@@ -36,8 +36,9 @@ class TrainOptions:
         solved: accuracy on the validation set that ends training and the search for a rate.
         validation_examples: rates are chosen on these.
         test_examples: of each test, drawn apart, looked at once.
-        segment_tokens: of streamed tests; no divisor of a window, so that blocks are cut too.
-        stretch: the long test's length, in trained lengths.
+        segment_tokens: of the streamed test; no divisor of a window, so that blocks are cut too.
+        test_lengths: of further tests, in trained lengths.
+        long_segment_tokens: of these, which are streamed too; as odd, and longer to be faster.
     """
 
     steps: int
@@ -47,7 +48,13 @@ class TrainOptions:
     validation_examples: int = 500
     test_examples: int = 1000
     segment_tokens: int = 24
-    stretch: int = 4
+    test_lengths: tuple[int, ...] = (4,)
+    long_segment_tokens: int = 248
+
+    def long_examples(self, factor: int) -> int:
+        """Examples of a test `factor` times as long: as many tokens as in four times the trained
+        length, but 50 at least."""
+        return min(self.test_examples, max(50, 4 * self.test_examples // factor))
 
 
 def run(
@@ -63,8 +70,8 @@ def run(
     Returns:
         `validation`, the accuracy that decides; `solved`; `steps` taken; `diverged`; `history` of
         the checks; `tests`: for `whole`, `stream` (the same examples in segments, the state handed
-        on) and `stream_long`, `correct` of `answers` in `documents`; `parameters`; `state_floats`
-        by layer after a document of the trained length; `seconds`.
+        on) and `4x` and so on for longer ones, `correct` of `answers` in `documents` of `tokens`;
+        `parameters`; `state_floats` by layer after a document of the trained length; `seconds`.
     """
     began = time.perf_counter()
     torch.manual_seed(seed)
@@ -79,30 +86,36 @@ def run(
             if accuracy >= options.solved or not math.isfinite(loss):
                 break
     test = task.sample(generator(seed, "test"), options.test_examples)
-    long_task = task.stretched(options.stretch)
-    long_test = long_task.sample(generator(seed, "long"), options.test_examples)
-    hits = {
-        "whole": score(model, test),
-        "stream": score(model, test, options.segment_tokens),
-        "stream_long": score(model, long_test, options.segment_tokens),
+    tests = {
+        "whole": _counts(test, score(model, test)),
+        "stream": _counts(test, score(model, test, options.segment_tokens)),
     }
+    for factor in options.test_lengths:
+        longer = task.stretched(factor).sample(
+            generator(seed, "long", factor), options.long_examples(factor)
+        )
+        right = score(model, longer, options.long_segment_tokens)
+        tests[f"{factor}x"] = _counts(longer, right)
     return {
         "validation": accuracy,
         "solved": accuracy >= options.solved,
         "steps": history[-1]["step"],
         "diverged": not math.isfinite(history[-1]["loss"]),
         "history": history,
-        "tests": {
-            name: {
-                "correct": int(right.sum()),
-                "answers": len(right),
-                "documents": options.test_examples,
-            }
-            for name, right in hits.items()
-        },
+        "tests": tests,
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_floats": state_floats(model, task.seq_len),
         "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def _counts(examples: Examples, right: np.ndarray) -> dict[str, int]:
+    documents, tokens = examples.tokens.shape
+    return {
+        "correct": int(right.sum()),
+        "answers": len(right),
+        "documents": documents,
+        "tokens": tokens,
     }
 
 
@@ -152,22 +165,24 @@ def score(model: LanguageModel, examples: Examples, segment_tokens: int = 0) -> 
             to the next; 0: whole.
 
     Returns:
-        (answers,) bool.
+        (answers,) bool, batch by batch and segment by segment.
     """
     model.eval()
     length = examples.tokens.shape[1]
     right = []
     for start in range(0, len(examples.tokens), EVAL_BATCH):
+        state = None
         part = Examples(*(array[start : start + EVAL_BATCH] for array in examples))
-        tokens, asked, answers = _tensors(part, model)
-        hidden, state = [], None
-        for segment in tokens.split(segment_tokens or length, dim=1):
-            output = model(segment, state)
-            hidden.append(output.hidden)
+        for first in range(0, length, segment_tokens or length):
+            segment = Examples(
+                *(array[:, first : first + (segment_tokens or length)] for array in part)
+            )
+            tokens, asked, answers = _tensors(segment, model)
+            output = model(tokens, state)
             state = output.state
-        guess = model.logits(torch.cat(hidden, 1).flatten(0, 1)[asked]).argmax(-1)
-        right.append((guess == answers).cpu().numpy())
-    return np.concatenate(right)
+            guess = model.logits(output.hidden.flatten(0, 1)[asked]).argmax(-1)
+            right.append(guess == answers)
+    return torch.cat(right).cpu().numpy()
 
 
 @torch.inference_mode()

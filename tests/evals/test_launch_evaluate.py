@@ -113,9 +113,27 @@ def test_extrapolation_says_what_it_found_and_prints_the_pages_path_last(run, ca
     assert (folder / "result.json").read_text() == before
 
 
+def test_recall_asks_a_run_and_prints_the_pages_path_last(run, capsys):
+    words = ["suite=recall", "lengths=64,300", "depths=0,1", "trials=4", "candidates=3"]
+    assert evaluate.main([f"run={run}", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(run / "eval" / "recall" / "report.html")
+    assert lines[0].startswith("passkey at 300 tokens: ")
+    assert lines[0].endswith(", chance 33.3 %")
+    assert any(line.startswith("passkey at 64 tokens: not asked") for line in lines)
+    result = json.loads((run / "eval" / "recall" / "result.json").read_text())
+    assert result["model"]["train_length"] == 32
+    assert result["questions"]["lengths"] == [64, 300]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["RUN", "suite=recall", "depths=0,half"], "depths=0,half is no list of shares"),
+        (["RUN", "suite=recall", "depths=2"], "depths=[2.0]: at least one, each from 0 to 1"),
+        (["RUN", "suite=recall", "probes=needle"], "probes=needle: choose from passkey"),
+        (["RUN", "suite=recall", "lengths=64-128"], "lengths=64-128 is neither FIRST..LAST"),
+        (["RUN", "suite=recall", "lengths=16"], "lengths=16: no question fits"),
         (["contexts=64..128"], "run= is missing"),
         (["RUN", "context=64"], "context=64: not known"),
         (["RUN", "contexts=64-128"], "contexts=64-128 is neither"),

@@ -89,6 +89,35 @@ class Copy(ToyModel):
         return log_p, CopyState(joined[:, inputs.shape[1] :])
 
 
+class PhraseCopy(ToyModel):
+    """After a phrase of `order` tokens that stood before within `window`, what followed it then.
+
+    That token has probability 1/2, as all others together; a new phrase tells nothing. The latest
+    earlier place counts. `window`: how many of the last inputs are known; None: all.
+    """
+
+    def __init__(self, vocab_size: int, order: int, window: int | None = None) -> None:
+        super().__init__(vocab_size)
+        self.order, self.window = order, window
+
+    def log_p(self, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        past = state.tail if state else torch.zeros(len(inputs), 0, dtype=torch.int64)
+        known = torch.cat([past, inputs], dim=1)
+        p = torch.full((*inputs.shape, self.vocab_size), 1 / self.vocab_size)
+        for lane, row in enumerate(known.tolist()):
+            follows: dict[tuple[int, ...], int] = {}
+            for end in range(self.order, len(row) + 1):
+                phrase = tuple(row[end - self.order : end])
+                found = follows.get(phrase)
+                now = end - 1 - past.shape[1]
+                reach = end if self.window is None else self.window
+                if now >= 0 and found is not None and end - (found - self.order) <= reach:
+                    p[lane, now] = 0.5 / (self.vocab_size - 1)
+                    p[lane, now, row[found]] = 0.5
+                follows[phrase] = end  # of what comes next
+        return p.log(), CopyState(known)
+
+
 class RecurrentState(NamedTuple):
     hidden: Tensor  # (B, D)
     phase: Tensor  # (B, r, 0): a length-only tensor, as the mixers' states have

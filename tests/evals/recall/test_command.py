@@ -1,5 +1,6 @@
 """The command end to end on two small trainings; what is done is not done again."""
 
+import csv
 import json
 
 import pytest
@@ -12,7 +13,14 @@ from evals.recall.tasks import FlagRecall
 from evals.recall.train import TrainOptions
 
 TASK = FlagRecall(seq_len=8, min_distance=4)
-OPTIONS = TrainOptions(steps=2, check_every=2, validation_examples=4, test_examples=4, batch_size=2)
+OPTIONS = TrainOptions(
+    steps=2,
+    check_every=2,
+    validation_examples=4,
+    test_examples=4,
+    batch_size=2,
+    test_lengths=(2, 4),
+)
 
 
 def experiment(**changes):
@@ -32,9 +40,10 @@ def fake_run(validation):
 
     def run(config, task, learning_rate, seed, options, device):
         accuracy = validation[learning_rate]
+        correct = {"correct": round(1000 * accuracy), "answers": 1000, "documents": 1000}
         tests = {
-            test: {"correct": round(1000 * accuracy), "answers": 1000, "documents": 1000}
-            for test in report.TESTS
+            test: correct | {"tokens": tokens}
+            for test, tokens in (("whole", 8), ("stream", 8), ("2x", 16), ("4x", 32))
         }
         return {
             "validation": accuracy,
@@ -98,7 +107,7 @@ def test_bars_are_chance_for_windows_and_95_percent_for_constant_states():
         ("s4d", True),
         ("attention", None),
     ]
-    assert good[0]["test_documents"] == 3000
+    assert good[0]["tests"]["whole"]["documents"] == 3000
     bad = records({"s4d": 0.94, "swa": 0.10})
     assert [record["shown"] for record in bad] == [False, False]
     assert report.bars_line(good) == "2 of 2 rows keep their bar"
@@ -118,14 +127,15 @@ def test_the_best_on_validation_counts_not_the_best_on_the_test():
 
 
 def test_markdown_has_a_line_per_model():
-    lines = report.markdown(records({"s4d": 0.96, "swa": 0.0625}), 4).splitlines()
+    lines = report.markdown(records({"s4d": 0.96, "swa": 0.0625})).splitlines()
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1
+    assert "| streamed | 2x as long | 4x as long | state per layer |" in lines[0]
     assert lines[3].startswith("| `s4d` | constant state | 96.0 | 95.2 to 96.6 | 96.0, 96.0, 96.0")
 
 
 def test_command_writes_the_table_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(command.PRESETS, "flag", command.Preset(TASK, 2, True))
+    monkeypatch.setitem(command.PRESETS, "flag", command.Preset(TASK, 2, 2, True))
     monkeypatch.setattr(command, "TrainOptions", lambda **given: OPTIONS)
     words = [f"out={tmp_path}", "mixers=s4d,swa", "seeds=1", "device=cpu", "workers=1"]
     assert command.main([*words, "learning_rates=1e-2"]) == 0
@@ -135,7 +145,11 @@ def test_command_writes_the_table_it_prints(tmp_path, monkeypatch, capsys):
     assert printed.startswith(table)
     assert printed.splitlines()[4].endswith("rows keep their bar; not: s4d")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+    lines = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [line["test"] for line in lines] == 2 * ["whole", "stream", "2x", "4x"]
+    assert [line["tokens"] for line in lines[:4]] == ["8", "8", "16", "32"]
+    assert all(float(x["ci95_low"]) <= float(x["accuracy"]) for x in lines)
+    assert {x["model"]: int(x["state_floats"]) for x in lines} == {"s4d": 4096, "swa": 4096}
     saved = json.loads((tmp_path / "results.json").read_text())
     assert [model["model"] for model in saved["models"]] == ["swa", "s4d"]
     assert saved["provenance"]["experiment"]["task"]["min_distance"] == 4
@@ -145,7 +159,10 @@ def test_command_writes_the_table_it_prints(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("task=flags", "task=flags is not known; use flag or mqar"),
+        ("task=flags", "task=flags is not known; use flag, mqar, induction, "),
+        ("test_lengths=1,2", "test_lengths=1,2: different multiples"),
+        ("test_lengths=2,2", "test_lengths=2,2: different multiples"),
+        ("test_lengths=4-8", "test_lengths=4-8: must be whole numbers"),
         ("mixers=swa,s4dd", "did you mean s4d?"),
         ("seeds=0", "seeds=0 must be at least 1"),
         ("workers=0", "workers=0 must be at least 1"),
@@ -162,4 +179,11 @@ def test_a_bad_word_gives_one_clear_error(word, reason, tmp_path, capsys):
     error = capsys.readouterr().err
     assert reason in error
     assert len(error.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_book_that_would_need_more_names_is_refused_before_training(tmp_path, capsys):
+    words = [f"out={tmp_path}/new", "task=phonebook", "test_lengths=2,32"]
+    assert command.main(words) == 2
+    assert "n_entries=512 does not fit" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.recall.tasks import SPLITS, FlagRecall, MultiQueryRecall, generator
+from evals.recall.tasks import (
+    SPLITS,
+    FlagRecall,
+    InductionHeads,
+    MultiQueryRecall,
+    PhoneBook,
+    SelectiveCopy,
+    generator,
+)
+from evals.stats import wilson
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -90,10 +99,117 @@ def test_questions_come_early_by_the_power_law():
     assert (np.abs(found - expected) < 5 * np.sqrt(expected)).all()
 
 
+@st.composite
+def induction_tasks(draw):
+    return InductionHeads(seq_len=draw(st.integers(3, 40)), vocab_size=draw(st.integers(3, 20)))
+
+
+@st.composite
+def selective_copy_tasks(draw):
+    n_data = draw(st.integers(1, 8))
+    seq_len = draw(st.integers(2 * n_data, 40))
+    return SelectiveCopy(seq_len, n_data, vocab_size=draw(st.integers(4, 20)))
+
+
+@st.composite
+def phone_books(draw):
+    return PhoneBook(
+        n_entries=draw(st.integers(1, 9)),
+        name_length=draw(st.integers(2, 3)),
+        number_length=draw(st.integers(1, 4)),
+        n_letters=draw(st.integers(3, 26)),
+    )
+
+
+def solve_induction(task, row):
+    """The definition read off the tokens: {place: answer}."""
+    special = task.vocab_size - 1
+    first, last = [i for i, token in enumerate(row) if token == special]
+    assert last == len(row) - 1
+    return {last: row[first + 1]}
+
+
+def solve_selective_copy(task, row):
+    noise, question = 0, task.vocab_size - 1
+    data = [token for token in row if token not in (noise, question)]
+    asked = [i for i, token in enumerate(row) if token == question]
+    assert asked == list(range(len(row) - len(data), len(row)))
+    return dict(zip(asked, data, strict=True))
+
+
+def solve_phone_book(task, row):
+    """Reads the book as a person would: letters are a name, digits after them its number."""
+    digits, question = task.n_letters, task.n_letters + 10
+    asked = row.index(question)
+    book, name, number = {}, (), ()
+    for token in [*row[:asked], 0]:  # a letter ends the last number
+        if token < digits and number:
+            assert (len(name), len(number)) == (task.name_length, task.number_length)
+            assert name not in book
+            book[name], name, number = number, (), ()
+        name, number = ((*name, token), ()) if token < digits else (name, (*number, token))
+    assert len(book) == task.n_entries
+    start = asked + 1 + task.name_length
+    number = book[tuple(row[asked + 1 : start])]
+    assert tuple(row[start:]) == number[:-1]  # the right digits so far
+    return {start - 1 + i: digit for i, digit in enumerate(number)}
+
+
+SOLVERS = {
+    InductionHeads: solve_induction,
+    SelectiveCopy: solve_selective_copy,
+    PhoneBook: solve_phone_book,
+}
+
+
+@settings(max_examples=90, deadline=None)
+@given(st.one_of(induction_tasks(), selective_copy_tasks(), phone_books()), SEEDS)
+def test_who_follows_the_definition_gives_exactly_the_answers(task, seed):
+    tokens, targets, loss_mask = task.sample(np.random.default_rng(seed), 5)
+    assert tokens.shape == targets.shape == loss_mask.shape == (5, task.seq_len)
+    assert ((tokens >= 0) & (tokens < task.vocab_size)).all()
+    for row, answers, asked in zip(tokens, targets, loss_mask, strict=True):
+        places = np.flatnonzero(asked).tolist()
+        expected = dict(zip(places, answers[places].tolist(), strict=True))
+        assert SOLVERS[type(task)](task, row.tolist()) == expected
+
+
 @pytest.mark.parametrize(
     "task",
-    [FlagRecall(seq_len=20, min_distance=8), MultiQueryRecall(seq_len=32, n_pairs=4)],
-    ids=["flag", "mqar"],
+    [InductionHeads(seq_len=40), SelectiveCopy(seq_len=40, n_data=4), PhoneBook(n_entries=8)],
+    ids=["induction", "selective_copy", "phonebook"],
+)
+def test_who_remembers_nothing_is_at_chance_whatever_the_guess(task):
+    _, targets, loss_mask = task.sample(np.random.default_rng(0), 6000)
+    # One answer of a document each: several are not independent.
+    answers = targets[np.arange(6000), loss_mask.argmax(1)]
+    values, counts = np.unique(answers, return_counts=True)
+    assert len(values) == round(1 / task.chance)
+    shares = counts / 6000
+    assert np.abs(shares - task.chance).max() < 5 * np.sqrt(task.chance / 6000)
+    low, high = wilson(counts[0], 6000)
+    assert low <= task.chance <= high
+
+
+def test_where_the_answer_stands_is_uniform():
+    tokens, _, _ = InductionHeads(seq_len=12).sample(np.random.default_rng(0), 10_000)
+    places = np.bincount((tokens == 15).argmax(1), minlength=12)
+    assert (np.abs(places[:10] - 1000) < 150).all()
+    assert not places[10:].any()
+    tokens, _, _ = SelectiveCopy(seq_len=14, n_data=4).sample(np.random.default_rng(0), 5000)
+    np.testing.assert_array_less(np.abs((tokens[:, :10] > 0).mean(0) - 0.4), 0.035)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        FlagRecall(seq_len=20, min_distance=8),
+        MultiQueryRecall(seq_len=32, n_pairs=4),
+        InductionHeads(seq_len=40),
+        SelectiveCopy(seq_len=40, n_data=8),
+        PhoneBook(n_entries=4),
+    ],
+    ids=["flag", "mqar", "induction", "selective_copy", "phonebook"],
 )
 def test_seeds_and_splits_fix_the_examples_and_share_none(task):
     drawn = {}
@@ -111,6 +227,9 @@ def test_stretched_tasks_ask_from_further_away():
     task = FlagRecall(seq_len=20, min_distance=8).stretched(4)
     assert (task.seq_len, task.min_distance) == (80, 32)
     assert MultiQueryRecall(seq_len=32, n_pairs=4).stretched(4).seq_len == 128
+    assert InductionHeads(seq_len=32).stretched(4).seq_len == 128
+    assert SelectiveCopy(seq_len=32, n_data=4).stretched(4) == SelectiveCopy(seq_len=128, n_data=4)
+    assert PhoneBook(n_entries=4).stretched(4).n_entries == 16
 
 
 @pytest.mark.parametrize(
@@ -121,6 +240,12 @@ def test_stretched_tasks_ask_from_further_away():
         (lambda: MultiQueryRecall(seq_len=31, n_pairs=2), "seq_len=31"),
         (lambda: MultiQueryRecall(seq_len=32, n_pairs=9), "n_pairs=9 does not fit"),
         (lambda: MultiQueryRecall(seq_len=32, n_pairs=4, vocab_size=8), "room|vocab_size=8"),
+        (lambda: InductionHeads(seq_len=2), "seq_len=2"),
+        (lambda: SelectiveCopy(seq_len=15, n_data=8), "n_data=8 does not fit"),
+        (lambda: SelectiveCopy(seq_len=16, n_data=8, vocab_size=3), "vocab_size=3"),
+        (lambda: PhoneBook(n_entries=0), "n_entries=0"),
+        (lambda: PhoneBook(n_entries=27, name_length=1), "26 names"),
+        (lambda: PhoneBook(n_entries=400).stretched(2), "n_entries=800 does not fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, reason):

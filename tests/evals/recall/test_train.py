@@ -96,12 +96,19 @@ def small_s4d(vocab_size: int) -> LanguageModelConfig:
 def test_a_small_state_space_model_learns_a_short_flag():
     task = FlagRecall(seq_len=8, min_distance=4, n_flags=4, n_noise=2)
     options = TrainOptions(
-        steps=300, check_every=100, solved=0.9, validation_examples=200, test_examples=200
+        steps=300,
+        check_every=100,
+        solved=0.9,
+        validation_examples=200,
+        test_examples=200,
+        test_lengths=(2, 16),
     )
     result = run(small_s4d(task.vocab_size), task, 1e-2, 0, options, torch.device("cpu"))
     low, _ = wilson(result["tests"]["whole"]["correct"], 200)
     assert low > task.chance
     assert result["tests"]["stream"] == result["tests"]["whole"]
+    sizes = {name: (test["tokens"], test["documents"]) for name, test in result["tests"].items()}
+    assert sizes == {"whole": (8, 200), "stream": (8, 200), "2x": (16, 200), "16x": (128, 50)}
     assert result["history"][-1]["validation"] == result["validation"]
 
 
