@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # make compare: bundled books -> five small models, three seeds each -> who is better at which context.
 # Made for one GPU and 15 CPU cores: all runs train at once, then all are evaluated. Finished steps
-# are recognised and skipped. Arguments go to every training; WORKERS, OUT and EVALUATE (words of
+# are recognised and skipped. Arguments go to every training; WORKERS, COMPARE and EVALUATE (words of
 # launch/evaluate.py) make it smaller:
-#   WORKERS=2 OUT=runs/try EVALUATE="contexts=128..512 limit=4" launch/compare_models.sh train.total_tokens=64K
+#   WORKERS=2 COMPARE=runs/try EVALUATE="contexts=128..512 limit=4" launch/compare_models.sh train.total_tokens=64K
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export WORKERS=${WORKERS:-15} OUT=${OUT:-runs/compare} OMP_NUM_THREADS=1
+export WORKERS=${WORKERS:-15} COMPARE=${COMPARE:-runs/compare} OMP_NUM_THREADS=1
 EVALUATE=${EVALUATE:-contexts=128..8192 protocols=fixed,stream spans_per_document=8 stream_tokens=32768}
 export EVALUATE
 
@@ -16,7 +16,7 @@ say "1/4 preparing the bundled books (once)"
 python launch/prepare.py data=books_sample
 
 say "2/4 training, $WORKERS at a time"
-python launch/sweep.py sweep=compare workers="$WORKERS" out_dir="$OUT" \
+python launch/sweep.py sweep=compare workers="$WORKERS" out_dir="$COMPARE" \
   model.loss_chunk_size=4096 "$@"
 
 say "3/4 evaluating, $WORKERS at a time"
@@ -26,12 +26,12 @@ evaluate() {
     { echo "error: $1: $(tail -n 1 "$1/evaluate.log")  ($1/evaluate.log)" >&2; return 1; }
 }
 export -f evaluate
-printf '%s\0' "$OUT"/*_seed[0-9] | xargs -0 -P "$WORKERS" -I RUN bash -c 'evaluate RUN'
+printf '%s\0' "$COMPARE"/*_seed[0-9] | xargs -0 -P "$WORKERS" -I RUN bash -c 'evaluate RUN'
 
 say "4/4 comparing: the first row, windows only, is what plots are drawn against"
 runs=()
 for row in swa bst spade longvq mamba2; do
-  runs+=("$OUT/${row}_tiny_seed"[0-9])
+  runs+=("$COMPARE/${row}_tiny_seed"[0-9])
 done
-python launch/compare.py "${runs[@]}" out="${OUT}_report"
+python launch/compare.py "${runs[@]}" out="${COMPARE}_report"
 say "done"
