@@ -1,0 +1,1 @@
+"""Speed of a training step, beside public implementations, and of single operators."""

@@ -1,0 +1,107 @@
+"""What is measured: one model at one length with one size of micro-batch, in one kind of loop."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import RunConfig, load_config
+
+PEERS = ("llama", "llama_cudnn", "fla_swa", "fla_gla", "fla_mamba2")
+LOOPS = ("plain", "deepspeed", "trainer")
+PRECISIONS = ("bf16", "fp32", "bf16_weights")
+DISTRIBUTIONS = ("torch", "triton", "deepspeed", "transformers", "flash-linear-attention")
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table.
+
+    Attributes:
+        model: a file of configs/model, a path of such a file, or one of `PEERS`.
+        like: the model whose width, depth, heads and vocabulary a peer takes.
+        vocab_size: entries of the vocabulary.
+        length: tokens per sequence.
+        batch_size: sequences per micro-batch; an optimizer step has one micro-batch.
+        loop: "plain" torch, our engine on "deepspeed" ZeRO-1, or the whole "trainer".
+        precision: "bf16" autocast over fp32 weights, "fp32", or "bf16_weights" (peers only).
+        compile: compile blocks; peers with kernels of their own have nothing to compile.
+        checkpointing: recompute every block in the backward.
+        seconds: of the device to be timed; 3 to 20 steps.
+        device: "cuda" or "cpu".
+        profile: file for a table of kernels by time in one more step; "" for none.
+    """
+
+    model: str
+    like: str
+    vocab_size: int
+    length: int
+    batch_size: int
+    loop: str
+    precision: str
+    compile: bool
+    checkpointing: bool
+    seconds: float
+    device: str
+    profile: str = ""
+
+    @property
+    def is_peer(self) -> bool:
+        return self.model in PEERS
+
+    @property
+    def tokens(self) -> int:
+        """Per micro-batch."""
+        return self.length * self.batch_size
+
+    def config(self, run_dir: Path = Path("runs/throughput")) -> RunConfig:
+        """The run whose step this is; a peer's has the model that it is compared with.
+
+        Raises:
+            ConfigError: there is no such model, or it cannot be built.
+        """
+        return load_config(
+            [
+                f"model={self.like if self.is_peer else self.model}",
+                f"model.vocab_size={self.vocab_size}",
+                f"model.activation_checkpointing={self.checkpointing}",
+                f"train.seq_len={self.length}",
+                f"train.micro_batch_size={self.batch_size}",
+                f"train.global_batch_tokens={self.tokens}",
+                f"train.total_tokens={10**6 * self.tokens}",  # the clock ends it before
+                f"train.precision={'fp32' if self.precision == 'fp32' else 'bf16'}",
+                f"train.compile={self.compile}",
+                "zero.stage=1",
+                f"out_dir={run_dir.parent}",
+                f"name={run_dir.name}",
+            ]
+        )
+
+    def identity(self, device_name: str) -> dict[str, Any]:
+        """Everything that the result depends on; a result is used again where this is the same."""
+        return {
+            "settings": asdict(self) | {"profile": bool(self.profile)},
+            "model": asdict(self.config().model),
+            "device": device_name,
+            "versions": {name: _version(name) for name in DISTRIBUTIONS},
+            "source": source_digest(),
+        }
+
+
+def source_digest() -> str:
+    """Of the code that runs: a commit would change with every document, and not with an edit."""
+    digest = hashlib.sha256()
+    for folder in ("pretrain", "evals/throughput"):
+        for path in sorted((_REPOSITORY / folder).rglob("*.py")):
+            digest.update(path.relative_to(_REPOSITORY).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
