@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from evals.throughput.settings import Measurement
 from pretrain.config import RunConfig
 from pretrain.models import LanguageModel
 from pretrain.training.engine import compile_blocks, verify_compiled
@@ -18,8 +19,10 @@ class Candidate(Protocol):
         train_flops: per token, forward and backward, by the convention of this package.
     """
 
-    module: nn.Module
     train_flops: float
+
+    @property
+    def module(self) -> nn.Module: ...
 
     def compile(self) -> None:
         """Compiles blocks.
@@ -42,15 +45,16 @@ class LongspanModel:
     """A model of this repository.
 
     Args:
-        config: the run whose step is measured.
+        m: what is measured.
+        config: the run whose step that is.
         device: where.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, m: Measurement, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         with device:
             self.module = LanguageModel(config.model)
-        self.train_flops = 3 * sum(self.module.flops_per_token(config.train.seq_len).values())
+        self.train_flops = 3 * sum(self.module.flops_per_token(m.length).values())
         self.forward: nn.Module = self.module  # DeepSpeed's engine takes its place
         self.statistics: dict[str, Tensor] = {}
 

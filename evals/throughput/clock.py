@@ -7,6 +7,7 @@ them. Whatever the loop does on the host counts as soon as it leaves the device 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -30,7 +31,7 @@ class StepClock:
         profile: file for the table of kernels of a step behind the timed ones; "" for none.
 
     Attributes:
-        ready_seconds: until the first step was done: building, compiling, checking, choosing kernels.
+        ready_seconds: until the first step was done: building, compiling, checks, kernel choice.
         step_seconds: of each timed step.
         memory_gib: peak of the timed steps.
     """
@@ -102,7 +103,7 @@ class StepClock:
     def _between(self, marks: list[torch.cuda.Event | float]) -> list[float]:
         self._now()
         seconds = []
-        for before, after in zip(marks, marks[1:], strict=False):
+        for before, after in pairwise(marks):
             if isinstance(before, float) or isinstance(after, float):
                 seconds.append(float(after) - float(before))  # type: ignore[arg-type]
             else:

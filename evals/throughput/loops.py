@@ -45,7 +45,8 @@ def check_first_step(loss: float, grad_norm: float, vocab_size: int) -> None:
     """
     if not abs(loss - math.log(vocab_size)) < LARGEST_EXCESS:
         raise CheckFailed(
-            f"the first loss is {loss:.3f}, a guess among {vocab_size} has {math.log(vocab_size):.3f}"
+            f"the first loss is {loss:.3f}, where a guess among {vocab_size} has "
+            f"{math.log(vocab_size):.3f}"
         )
     if not (math.isfinite(grad_norm) and grad_norm > 0):
         raise CheckFailed(f"the first gradient has the norm {grad_norm}")
@@ -72,11 +73,8 @@ def plain(m: Measurement, clock: StepClock, say: Say, run_dir: Path) -> dict[str
     """Nothing but torch."""
     config = m.config(run_dir)
     say("building")
-    candidate: Candidate
-    if m.is_peer:
-        candidate = Peer(m, config, clock.device)
-    else:
-        candidate = LongspanModel(config, clock.device)
+    kind: Callable[..., Candidate] = Peer if m.is_peer else LongspanModel
+    candidate = kind(m, config, clock.device)
     module = candidate.module
     if m.compile:
         say("compiling, and comparing compiled blocks with eager ones")
@@ -110,7 +108,7 @@ def through_deepspeed(
     config = m.config(run_dir)
     say("starting DeepSpeed, building, compiling and checking")
     world = start_process_group(config)
-    model = LongspanModel(config, clock.device)
+    model = LongspanModel(m, config, clock.device)
     facts = _facts(model.module, model.train_flops)
     engine = build_engine(config, model.module, world)
     model.forward = engine
@@ -134,7 +132,7 @@ def through_trainer(m: Measurement, clock: StepClock, say: Say, run_dir: Path) -
     run_dir.mkdir(parents=True)
     say("starting DeepSpeed, building, compiling and checking")
     world = start_process_group(config)
-    model = LongspanModel(config, clock.device)
+    model = LongspanModel(m, config, clock.device)
     facts = _facts(model.module, model.train_flops)
     loader = _RandomLoader(m, clock)
     trainer = Trainer(config, model.module, loader, world, CorpusFacts(1.0, "random tokens"))

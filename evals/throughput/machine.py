@@ -1,4 +1,4 @@
-"""What a measurement ran on, found without opening the device: that alone takes half a GiB of it."""
+"""What a measurement ran on, found without opening the device, which would take memory of it."""
 
 import platform
 import subprocess

@@ -93,8 +93,8 @@ def llama(shape: Shape) -> Backbone:
         intermediate_size=shape.d_ff,
         max_position_embeddings=shape.length,
         use_cache=False,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     visible = mean_visible(shape.length, shape.length)
     return Backbone(LlamaModel(config), shape.n_layers * 4 * shape.d_model * visible)
 

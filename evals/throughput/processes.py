@@ -4,6 +4,7 @@ A result is used again where everything it depends on is the same (`Measurement.
 it is a number or "out of memory". What hung, crashed or was not installed is tried anew.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -102,8 +103,6 @@ def _lines(log: Path) -> list[str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and the children it left, which would go on using the device."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # the whole group is gone
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # the whole group is gone
-        pass
     process.wait()
