@@ -1,0 +1,83 @@
+"""Times single operators on the device alone, with their error against fp64.
+
+    python -m evals.throughput.ops ssm lengths=2048,65536
+    python -m evals.throughput.ops bst_layer
+    python -m evals.throughput.ops window_attention window=512
+
+Keys and their defaults are the options at the top of op_ssm.py, op_bst_layer.py and
+op_window_attention.py; besides, device=auto and out=runs/throughput. Writes out/OP.md and
+out/OP.json; exit code 2 for bad input.
+"""
+
+import json
+import sys
+from dataclasses import fields, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals.throughput import op_bst_layer, op_ssm, op_window_attention
+from evals.throughput.machine import describe_machine
+from evals.throughput.op_rows import OpRow, markdown
+from pretrain.command_line import choose_device, numbers, parse
+
+BAD_INPUT = 2
+OPS: dict[str, tuple[type, Any]] = {
+    "ssm": (op_ssm.SSMOptions, op_ssm.measure),
+    "bst_layer": (op_bst_layer.BSTLayerOptions, op_bst_layer.measure),
+    "window_attention": (op_window_attention.WindowAttentionOptions, op_window_attention.measure),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs a command line; the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0 if argv else BAD_INPUT
+    name, *words = argv
+    try:
+        if name not in OPS:
+            raise ValueError(f"{name}: no operator; use {', '.join(OPS)}")
+        kind, measure = OPS[name]
+        options = parse(_with_common(kind), words)
+        device = choose_device(options.device)
+        machine = describe_machine(device)
+        lengths = numbers("lengths", options.lengths)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    print(machine.describe(), flush=True)
+    # Dynamo runs what it has compiled in eight kinds uncompiled from then on, for good.
+    torch._dynamo.config.recompile_limit = 64
+    rows: list[OpRow] = []
+    for row in measure(options, lengths, device):
+        print(markdown([row]).splitlines()[-1], flush=True)
+        rows.append(row)
+    lines = op_bst_layer.ratios(rows) if name == "bst_layer" else []
+    sizes = ", ".join(f"{f.name}={getattr(options, f.name)}" for f in fields(kind))
+    text = f"{machine.describe()}; {sizes}\n\n{markdown(rows)}\n"
+    text += "".join(f"- {line}\n" for line in lines)
+    out_dir = Path(options.out)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / f"{name}.md").write_text(text, encoding="utf-8")
+    records = [_record(row) for row in rows]
+    content = {"machine": vars(machine), "options": vars(options), "rows": records}
+    (out_dir / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    print(f"\n{text}", end="")
+    return 0
+
+
+def _with_common(kind: type) -> type:
+    """The operator's options and those of every operator."""
+    common = [("device", str, "auto"), ("out", str, "runs/throughput")]
+    return make_dataclass("OpArguments", common, bases=(kind,))
+
+
+def _record(row: OpRow) -> dict[str, Any]:
+    times = {"forward": row.forward, "both": row.both}
+    return row._asdict() | {key: time and time._asdict() for key, time in times.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
