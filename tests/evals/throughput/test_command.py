@@ -1,0 +1,121 @@
+"""`python -m evals.throughput` and `python -m evals.throughput.ops`, from words to files."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from evals.throughput import ops
+from evals.throughput.__main__ import ThroughputArguments as Arguments
+from evals.throughput.__main__ import main, plan
+from tests.evals.throughput.tiny import write_model
+
+
+def words_for(folder: Path, loops: str) -> list[str]:
+    """A command line that times a tiny model in a second or so."""
+    model = f"models={write_model(folder)} precision=fp32 compile=false vocab_size=64"
+    return (
+        f"{model} lengths=32 tokens=64 loops={loops} seconds=0.01 device=cpu out={folder}".split()
+    )
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """The table, as words."""
+    with open(folder / "throughput.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_trainer_is_timed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = words_for(tmp_path, "trainer")
+    assert main(words) == 0
+    assert "first step" in capsys.readouterr().out
+    (row,) = rows_of(tmp_path)
+    assert row["status"] == "ok"
+    assert float(row["tokens_per_second"]) > 0
+    assert "| trainer | 2 x 32 |" in (tmp_path / "throughput.md").read_text()
+    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
+    assert main(words) == 0
+    assert "measured before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_loops_train_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words_for(tmp_path, "plain,deepspeed,trainer")) == 0
+    rows = rows_of(tmp_path)
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok"]
+    assert len({row["parameters"] for row in rows}) == 1
+    shown = capsys.readouterr().out
+    assert "tiny, 2 x 32: DeepSpeed adds" in shown
+    assert "tiny, 2 x 32: the trainer adds" in shown
+
+
+def test_micro_batches_have_equal_tokens_and_at_least_one_sequence() -> None:
+    groups = plan(Arguments(models="swa_tiny", peers="llama", lengths="128,512,4096", tokens="512"))
+    sizes = [(m.model, m.length, m.batch_size) for group in groups for m in group]
+    assert sizes == [
+        (model, length, batch_size)
+        for length, batch_size in ((128, 4), (512, 1), (4096, 1))
+        for model in ("swa_tiny", "llama")
+    ]
+
+
+def test_auto_tries_every_size_once_smallest_first() -> None:
+    groups = plan(Arguments(models="swa_tiny", lengths="32768", tokens="auto"))
+    assert [m.batch_size for m in groups[0]] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("peers=lama", "peers=lama: not known; use llama"),
+        ("loops=bare", "loops=bare: not known"),
+        ("precision=fp8", "precision=fp8"),
+        ("precision=bf16_weights models=swa_tiny", "give models= like=swa_tiny"),
+        ("models= peers=llama", "like= is missing"),
+        ("models=", "both empty"),
+        ("models=swa_tinny", "did you mean 'swa_tiny'"),
+        ("models= peers=llama like=swa_tiny loops=trainer", "plain loop only"),
+        ("tokens=many", "tokens=many"),
+        ("seconds=0", "greater than 0"),
+        ("lengths=0", "at least 1"),
+    ],
+)
+def test_bad_words_are_refused_with_the_reason(
+    words: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words.split(), "device=cpu"]) == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "forms"),
+    [
+        (
+            "ssm tokens=32 d_model=4 chunk_size=8 compile=false",
+            ["torch.fft", "chunked", "chunked, operators for 8 micro-batches"],
+        ),
+        ("bst_layer d_model=16 n_heads=2 window=8 compile=false", ["bst", "block_recurrent"]),
+        (
+            "window_attention tokens=32 n_heads=1 head_dim=8 window=8",
+            ["window 8", "all keys, SDPA"],
+        ),
+    ],
+)
+def test_operators_are_timed_beside_their_error(
+    words: str, forms: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ops.main([*words.split(), "lengths=16,32", "device=cpu", f"out={tmp_path}"]) == 0
+    name = words.split()[0]
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    assert [row["form"] for row in rows] == 2 * forms
+    assert all(row["forward"]["ms"] > 0 for row in rows)
+    largest = 2e-2 if name == "bst_layer" else 1e-4  # bf16 autocast, fp32
+    assert all(0 < row["error"] < largest for row in rows if row["error"] is not None)
+    if name == "bst_layer":
+        assert "32 tokens: " in capsys.readouterr().out
+
+
+def test_an_unknown_operator_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ops.main(["smm"]) == 2
+    assert "use ssm, bst_layer, window_attention" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""The table says what the results say."""
+
+from typing import Any
+
+import pytest
+
+from evals.throughput import report
+
+
+def result(loop: str, seconds: list[float], status: str = "ok", batch_size: int = 2) -> Any:
+    """Of a model of 1 MFLOP per token, 1,000 tokens per sequence."""
+    settings = {"model": "m", "loop": loop, "precision": "bf16", "checkpointing": False}
+    return {
+        "status": status,
+        "settings": settings | {"length": 1000, "batch_size": batch_size},
+        "machine": {"device": "NVIDIA H100 80GB HBM3"},
+        "step_seconds": seconds,
+        "train_flops": 1e6,
+        "parameters": 10,
+        "memory_gib": 1.0,
+        "ready_seconds": 2.0,
+    }
+
+
+def test_rates_follow_from_the_median_step() -> None:
+    row = report.row_of(result("plain", [0.1, 0.2, 5.0]))
+    assert row["ms"] == pytest.approx(200)
+    assert row["tokens_per_second"] == pytest.approx(10_000)
+    assert row["tflops"] == pytest.approx(0.01)
+    assert row["mfu"] == pytest.approx(1e10 / 989.4e12)
+
+
+def test_the_share_of_a_loop_is_that_of_means() -> None:
+    rows = [report.row_of(result("deepspeed", [1.0, 1.0])), report.row_of(result("plain", [0.8]))]
+    rows.append(report.row_of(result("trainer", [1.0, 1.0, 1.0, 1.4])))
+    text = " ".join(report.sentences(rows))
+    assert "DeepSpeed adds +25.0% to the plain loop" in text
+    assert "the trainer adds +10.0% to the deepspeed loop" in text
+
+
+def test_the_best_micro_batch_is_shown_and_memory_where_there_is_none() -> None:
+    rows = [
+        report.row_of(result("plain", [1.0], batch_size=1)),
+        report.row_of(result("plain", [1.5], batch_size=2)),
+        report.row_of(result("plain", [], "out of memory", batch_size=4)),
+    ]
+    assert [row["batch_size"] for row in report.best(rows)] == [2]
+    assert "| out of memory |" in report.markdown(report.best(rows[2:]))
