@@ -14,10 +14,8 @@ from tests.evals.throughput.tiny import write_model
 
 def words_for(folder: Path, loops: str) -> list[str]:
     """A command line that times a tiny model in a second or so."""
-    model = f"models={write_model(folder)} precision=fp32 compile=false vocab_size=64"
-    return (
-        f"{model} lengths=32 tokens=64 loops={loops} seconds=0.01 device=cpu out={folder}".split()
-    )
+    model = f"models={write_model(folder)} precision=fp32 compile=false vocab_size=64 device=cpu"
+    return f"{model} lengths=32 tokens=64 loops={loops} seconds=0.01 out={folder}".split()
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
