@@ -3,7 +3,7 @@
 Its Transformer wants flash-attn: torch brings the same FlashAttention-2 kernels, with windows, as
 `aten._flash_attention_forward`. Its Mamba-2 wants mamba-ssm, whose Triton kernels need no build but
 are not importable without it, and causal-conv1d, for which flash-linear-attention has a Triton
-kernel. Tested versions: flash-linear-attention and fla-core 0.6.0, mamba-ssm 2.3.2.
+kernel. Written for flash-linear-attention and fla-core 0.6.0, mamba-ssm 2.3.2.
 """
 
 import importlib.util

@@ -98,7 +98,8 @@ def _run(m: Measurement, stem: Path, timeout_seconds: float) -> Result:
 
 
 def _lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].splitlines()  # a line may be half written
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
