@@ -153,7 +153,7 @@ def _sizes(
         if arguments.profile:
             folder = Path(arguments.out) / "profiles"
             folder.mkdir(parents=True, exist_ok=True)
-            profile = str(folder / f"{Path(model).stem}-{loop}-{length}x{batch_size}.txt")
+            profile = str(folder / f"{Path(model).name}-{loop}-{length}x{batch_size}.txt")
         measurement = Measurement(
             model=model,
             like=arguments.like or _words(arguments.models)[0],

@@ -37,27 +37,31 @@ def result_of(m: Measurement, out_dir: Path, machine: Machine, timeout_seconds: 
     """
     identity = m.identity(machine.device)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    name = Path(m.model).stem
-    stem = out_dir / "measurements" / f"{name}-{m.loop}-{m.length}x{m.batch_size}-{digest}"
-    path = stem.with_suffix(".json")
-    title = f"{name}, {m.loop}, {m.batch_size} x {m.length:,} tokens, {m.precision}"
+    name = f"{m.name}-{m.loop}-{m.length}x{m.batch_size}-{digest}"
+    path = out_dir / "measurements" / f"{name}.json"
+    title = f"{m.name}, {m.loop}, {m.batch_size} x {m.length:,} tokens, {m.precision}"
     if path.exists():
         print(f"{title}: measured before", flush=True)
         found: Result = json.loads(path.read_text(encoding="utf-8"))
         return found
     print(title, flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"settings": asdict(m), "machine": asdict(machine), "identity": identity}
-    result |= _run(m, stem, timeout_seconds)
+    result = {
+        "name": m.name,
+        "settings": asdict(m),
+        "machine": asdict(machine),
+        "identity": identity,
+    }
+    result |= _run(m, path, timeout_seconds)
     if result["status"] in LASTING:
         write_json(path, result)
     print(f"  {result['status']}", flush=True)
     return result
 
 
-def _run(m: Measurement, stem: Path, timeout_seconds: float) -> Result:
+def _run(m: Measurement, path: Path, timeout_seconds: float) -> Result:
     """Runs the worker, shows its phases, and ends it and its children when its time is over."""
-    job, answer, log = (stem.with_suffix(suffix) for suffix in (".job", ".answer", ".log"))
+    job, answer, log = (path.with_suffix(suffix) for suffix in (".job", ".answer", ".log"))
     write_json(job, {"settings": asdict(m), "timeout_seconds": timeout_seconds})
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "evals.throughput.worker", str(job), str(answer)]

@@ -6,7 +6,6 @@ MFU is train FLOPs per token x tokens/s over the dense bf16 peak of the device's
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -24,7 +23,7 @@ def row_of(result: Result) -> Row:
     """The figures of one result; None where there are none."""
     settings = result["settings"]
     row: Row = {
-        "model": Path(settings["model"]).stem,
+        "model": result["name"],
         "loop": settings["loop"],
         "precision": settings["precision"],
         "checkpointing": settings["checkpointing"],

@@ -53,6 +53,11 @@ class Measurement:
         return self.model in PEERS
 
     @property
+    def name(self) -> str:
+        """Of the model, for people: no folder, no .yaml; bst_1.3b keeps its dot."""
+        return Path(self.model).name.removesuffix(".yaml")
+
+    @property
     def tokens(self) -> int:
         """Per micro-batch."""
         return self.length * self.batch_size

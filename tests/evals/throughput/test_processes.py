@@ -65,3 +65,13 @@ def test_what_crashes_says_where_and_why(tmp_path: Path, monkeypatch: pytest.Mon
     worker(tmp_path, monkeypatch, CRASH)
     result = processes.result_of(measurement(tmp_path), tmp_path, MACHINE, 10)
     assert result["status"].startswith("failed with code 3 while building: no such kernel")
+
+
+def test_the_dot_of_a_size_does_not_end_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker(tmp_path, monkeypatch, ANSWER.replace("STATUS", "ok"))
+    m = measurement(tmp_path, model="bst_1.3b", length=512)
+    assert processes.result_of(m, tmp_path, MACHINE, 10)["name"] == "bst_1.3b"
+    (path,) = (tmp_path / "measurements").glob("*.json")
+    assert path.name.startswith("bst_1.3b-plain-512x2-")

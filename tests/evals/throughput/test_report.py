@@ -12,6 +12,7 @@ def result(loop: str, seconds: list[float], status: str = "ok", batch_size: int 
     settings = {"model": "m", "loop": loop, "precision": "bf16", "checkpointing": False}
     return {
         "status": status,
+        "name": "m",
         "settings": settings | {"length": 1000, "batch_size": batch_size},
         "machine": {"device": "NVIDIA H100 80GB HBM3"},
         "step_seconds": seconds,
