@@ -4,13 +4,16 @@ Shapes: B batch, T time, H heads, K head width, W window size.
 
 Time is cut at multiples of W and the queries of a block see the previous, the own and the next one:
 masks are (W, 3W), and cost and memory linear in T. A token always sees itself, also where it is a
-pad: a row without any key would be NaN, and NaN times a weight of zero is NaN.
+pad: a row without any key would be NaN, and NaN times a weight of zero is NaN. Compiled blocks on a
+GPU have a kernel that copies no keys, pretrain/ops/flex_symmetric_window.py.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.ops.flex_symmetric_window import flex_symmetric_window_attention
+from pretrain.ops.flex_window_attention import TILE
 from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.relative_bias import toeplitz_bias
 
@@ -41,6 +44,11 @@ def symmetric_window_attention(
         (B, T, H, K); rows of pads mean nothing.
     """
     length, w = q.shape[1], window_size
+    # Outside of a compiled block it would have to be compiled by itself, for every length anew.
+    if torch.compiler.is_compiling() and q.device.type == "cuda" and length >= TILE:
+        return flex_symmetric_window_attention(
+            q, k, v, window_size=w, padding=padding, scale=scale, bias=bias
+        )
     count = -(-length // w)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, count * w - length)) for x in (q, k, v))
     keys, values = (_neighbours(x, w).flatten(0, 1).transpose(1, 2) for x in (k, v))
