@@ -7,9 +7,9 @@ Keys: task=listops|pathfinder|pathx, generated, or text|retrieval|image, read fr
 of the published files (evals/lra/files.py names them); mixers= names of evals/lra/rows.py, default
 all; seeds= how many; learning_rates=, each of which every model and seed is trained with; steps=,
 batch_size= of a training; data= folder of the examples, default out/data; workers= processes, of
-one thread each; device=auto|cpu|cuda; out=. A second call trains only what `out` does not hold, and
-goes on where a training was interrupted. Writes out/table.md and results.json; exit code 2 for bad
-input.
+one thread each; device=auto|cpu|cuda; compile=auto|true|false, auto: the blocks are compiled on a
+GPU; out=. A second call trains only what `out` does not hold, and goes on where a training was
+interrupted. Writes out/table.md and results.json; exit code 2 for bad input.
 """
 
 import difflib
@@ -49,6 +49,7 @@ class LRAArguments:
     data: str = ""
     workers: int = 1
     device: str = "auto"
+    compile: str = "auto"
     out: str = ""
 
 
@@ -109,8 +110,11 @@ def plan(arguments: LRAArguments) -> Experiment:
     for key, value in counts.items():
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
+    if arguments.compile not in ("auto", "true", "false"):
+        raise ValueError(f"compile={arguments.compile} is not known; use auto, true or false")
     rates = parse_rates(arguments.learning_rates)
     device = choose_device(arguments.device).type
+    compiled = device == "cuda" if arguments.compile == "auto" else arguments.compile == "true"
     data = Path(arguments.data or Path(arguments.out) / "data")
     hashes = prepare(
         task.examples,
@@ -127,7 +131,12 @@ def plan(arguments: LRAArguments) -> Experiment:
         rows=rows,
         seeds=tuple(range(arguments.seeds)),
         learning_rates=rates,
-        options=TrainOptions(steps=steps, batch_size=batch_size, autocast=device == "cuda"),
+        options=TrainOptions(
+            steps=steps,
+            batch_size=batch_size,
+            autocast=device == "cuda",
+            compiler="inductor" if compiled else "",
+        ),
         device=device,
     )
 

@@ -3,6 +3,7 @@
 Shapes: n examples of P sequences each (1, or 2 for Retrieval), N symbols in all.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,17 +64,17 @@ class Examples(NamedTuple):
         offsets = np.cumsum([0, *map(len, chosen)], dtype=np.int64)
         return Examples(np.concatenate(chosen), offsets, self.labels[indices])
 
-    def padded(self, multiple: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def padded(self, row_lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Rows of equal length, zeros behind each sequence.
 
         Args:
-            multiple: the rows' length is the smallest multiple of it that holds the longest.
+            row_lengths: in increasing order; the first that holds the longest sequence is taken.
 
         Returns:
             (n P, T) uint8 and the lengths, (n P,) int64.
         """
         lengths = np.diff(self.offsets)
-        width = -(-int(lengths.max()) // multiple) * multiple
+        width = row_lengths[bisect_left(row_lengths, lengths.max())]
         rows = np.zeros((len(lengths), width), np.uint8)
         rows[np.arange(width) < lengths[:, None]] = self.symbols
         return rows, lengths

@@ -41,6 +41,7 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "test_examples": n,
                 "parameters": chosen[0]["parameters"],
                 "seconds": [result["seconds"] for result in chosen],
+                "seconds_per_step": [result["seconds_per_step"] for result in chosen],
             }
         )
     window = [record["accuracy"] for record in records if record["model"] == BASELINE]

@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
+from pretrain.training.compiled_blocks import COMPILED_ERROR, compile_blocks, compiled_error
 from pretrain.training.optim import parameter_groups
 
 # What `zero.extra` may hold. The batch triple, clipping and precision have keys of their own.
@@ -42,9 +42,6 @@ PASSED_ON = (
     "aio",
     "compile",
 )
-
-# bf16 keeps 8 bits and a compiled block rounds in other places: 0.01 of what a block adds.
-COMPILED_ERROR, TINY = 0.05, 1e-12
 
 
 @dataclass(frozen=True)
@@ -198,24 +195,8 @@ def build_engine(
     return engine
 
 
-def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles each block, and the norm behind them, in place.
-
-    All blocks share the code of `Block.forward`, and with it the number of variants that torch
-    compiles before it runs the rest eagerly for good: eight, but each kind of layer has one without
-    a state and one with, in training and in evaluation, where the last segment is shorter. Shapes
-    are static, as in the tests of the mixers: training has one.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    for module in (*model.blocks, model.norm):  # type: ignore[misc]
-        module.compile(backend=backend, dynamic=False)
-
-
 def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -> None:
     """Compares one compiled block of each kind with itself uncompiled, without and with a state.
-
-    Inductor of torch 2.11 was seen to compute something else on an H200, in silence: relative
-    errors of 0.16 to 0.25 for blocks that were right on a CPU with torch 2.13.
 
     Args:
         model: after `compile_blocks`, on `device`.
@@ -232,13 +213,7 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
             x = torch.randn(shape, device=device)
             with autocast(config, device):
                 want, got = block.forward(x, states[0]), block(x, states[1])
-            # What the block adds, not the residual stream it is added to; and its derivatives.
-            pairs = zip(
-                [want.x - x, *_gradients(block, want.x)],
-                [got.x - x, *_gradients(block, got.x)],
-                strict=True,
-            )
-            error = max(((b - a).norm() / a.norm().clamp(min=TINY)).item() for a, b in pairs)
+            error = compiled_error(block, x, want.x, got.x)
             if not error < COMPILED_ERROR:
                 raise ValueError(
                     f"train.compile=true: the compiled '{kind}' block differs from the same block "
@@ -247,13 +222,6 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
                     f"or another torch"
                 )
             states = [map_state(Tensor.detach, output.state) for output in (want, got)]
-
-
-def _gradients(block: nn.Module, y: Tensor) -> list[Tensor]:
-    """The gradient of a functional of y, all parameters in one: single ones cancel in bf16."""
-    parameters = [p for p in block.parameters() if p.requires_grad]
-    found = torch.autograd.grad(y.float().square().sum(), parameters, allow_unused=True)
-    return [torch.cat([g.flatten().float() for g in found if g is not None])]
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -29,6 +29,7 @@ def result(row, seed, rate, validation, test):
         "step": 10,
         "parameters": 1234,
         "seconds": 1.0,
+        "seconds_per_step": 0.1,
     }
 
 
@@ -94,6 +95,7 @@ def command_search(experiment, row, seed, out):
         ("mixers=swa,s4dd", "did you mean s4d?"),
         ("mixers=bst", "'bst' is no row of the table"),
         ("seeds=0", "seeds=0 must be at least 1"),
+        ("compile=yes", "compile=yes is not known; use auto, true or false"),
         ("learning_rates=fast", "learning_rates=fast is no list of positive numbers"),
         ("task=text", "source= is missing: the folder of the published Text files"),
         ("out=", "out= is missing"),

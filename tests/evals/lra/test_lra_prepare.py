@@ -38,8 +38,9 @@ def test_taking_joining_padding_and_saving_keep_every_sequence(per_example, tmp_
     wanted = [every[per_example * i + k] for i in indices for k in range(per_example)]
     assert [chosen.sequence(s).tobytes() for s in range(len(wanted))] == wanted
     assert chosen.labels.tolist() == joined.labels[indices].tolist()
-    rows, lengths = chosen.padded(multiple=4)
-    assert rows.shape[1] % 4 == 0
+    longest = chosen.lengths().max()
+    rows, lengths = chosen.padded([longest - 1, longest, longest + 4])
+    assert rows.shape[1] == longest
     assert [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)] == wanted
     assert all((row[n:] == 0).all() for row, n in zip(rows, lengths, strict=True))
     assert joined.first(5).symbols.tobytes() == a.symbols.tobytes()

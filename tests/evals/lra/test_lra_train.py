@@ -47,6 +47,10 @@ def splits(per_example: int = 1) -> dict[str, Examples]:
     return {name: first_symbol(n, n, per_example) for name, n in sizes.items()}
 
 
+def untimed(result: dict) -> dict:
+    return {key: value for key, value in result.items() if not key.startswith("seconds")}
+
+
 def test_rows_are_all_two_sided_mixers_and_of_one_size():
     assert sorted(ROWS) == mixers.names(causal=False)
     with torch.device("meta"):
@@ -76,7 +80,7 @@ def test_a_small_encoder_learns_and_is_tested_on_unseen_examples(n_inputs, tmp_p
 def test_the_weights_that_were_best_on_validation_are_tested(tmp_path, monkeypatch):
     asked = []
 
-    def fake(model, examples, autocast):
+    def fake(model, examples, options, row_lengths):
         asked.append((len(examples.labels), model.head.bias.detach().clone()))
         return {80: [0.3, 0.6, 0.5], 100: [0.4]}[len(examples.labels)][
             sum(size == len(examples.labels) for size, _ in asked) - 1
@@ -93,7 +97,7 @@ def test_the_weights_that_were_best_on_validation_are_tested(tmp_path, monkeypat
 def test_a_killed_training_ends_like_one_that_was_not(tmp_path, monkeypatch):
     def go(name):
         result = run(config(), splits(), 1e-2, 0, OPTIONS, torch.device("cpu"), tmp_path / name)
-        return {key: value for key, value in result.items() if key != "seconds"}
+        return untimed(result)
 
     whole = go("whole.pt")
     true_score, calls = score, []
@@ -148,10 +152,11 @@ def test_scoring_counts_every_example_once():
             return SimpleNamespace(logits=torch.nn.functional.one_hot(inputs[:, 0], 4).float())
 
     examples = first_symbol(150, 0)
-    assert score(Reader(), examples) == 1.0
+    options, row_lengths = TrainOptions(steps=1, batch_size=64), [15, 30]
+    assert score(Reader(), examples, options, row_lengths) == 1.0
     wrong = Examples(examples.symbols, examples.offsets, examples.labels.copy())
     wrong.labels[:30] = 1 - wrong.labels[:30]
-    assert score(Reader(), wrong) == pytest.approx(0.8)
+    assert score(Reader(), wrong, options, row_lengths) == pytest.approx(0.8)
 
 
 def test_divergence_ends_a_training_and_is_reported(tmp_path):

@@ -12,13 +12,8 @@ from pretrain.config import RunConfig
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
 from pretrain.models.block import BlockOutput
 from pretrain.training import engine
-from pretrain.training.engine import (
-    World,
-    build_engine,
-    compile_blocks,
-    deepspeed_config,
-    verify_compiled,
-)
+from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.engine import World, build_engine, deepspeed_config, verify_compiled
 
 
 def config_with(**zero: object) -> RunConfig:
