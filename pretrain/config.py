@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config_problems import problems_of
-from pretrain.models.language_model import LanguageModelConfig
+from pretrain.models.config import LanguageModelConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 SECTIONS = ("model", "data", "zero")

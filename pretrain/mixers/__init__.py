@@ -42,7 +42,16 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "transformer_ls": TransformerLS,
 }
 
-__all__ = ["MIXERS", "MixerOutput", "TokenMixer", "build", "names", "options"]
+__all__ = [
+    "MIXERS",
+    "MixerOutput",
+    "TokenMixer",
+    "build",
+    "check_options",
+    "defaults_of",
+    "names",
+    "options",
+]
 
 
 def names(*, causal: bool = True) -> list[str]:
@@ -62,11 +71,15 @@ def options(name: str) -> dict[str, Any]:
     """
     if name not in MIXERS:
         raise ValueError(f"unknown mixer {name!r}: {_suggest(name, sorted(MIXERS))}")
-    signature = inspect.signature(MIXERS[name])
+    return {key: value for key, value in defaults_of(MIXERS[name]).items() if key != "causal"}
+
+
+def defaults_of(module: type) -> dict[str, Any]:
+    """Keyword-only arguments of a constructor and their defaults: what a configuration may set."""
     return {
         key: parameter.default
-        for key, parameter in signature.parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key != "causal"
+        for key, parameter in inspect.signature(module).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
 
@@ -83,8 +96,23 @@ def build(name: str, *, d_model: int, causal: bool = True, **mixer_options: Any)
         ValueError: unknown name or option, an option of another type than its default, not finite
             or that the mixer refuses, no two-sided form.
     """
-    known = options(name)
-    for key, value in mixer_options.items():
+    check_options(name, mixer_options, options(name))
+    if MIXERS[name].two_sided:
+        return MIXERS[name](d_model, causal=causal, **mixer_options)
+    if not causal:
+        raise ValueError(
+            f"causal=False: mixer {name!r} has no two-sided form, so it cannot serve an encoder"
+        )
+    return MIXERS[name](d_model, **mixer_options)
+
+
+def check_options(name: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+    """Compares options with the known ones and their defaults.
+
+    Raises:
+        ValueError: an unknown option, or one of another type than its default or not finite.
+    """
+    for key, value in given.items():
         if key not in known:
             raise ValueError(f"unknown option {name}.{key}: {_suggest(key, sorted(known))}")
         if not _is_like(value, known[key]):
@@ -98,13 +126,6 @@ def build(name: str, *, d_model: int, causal: bool = True, **mixer_options: Any)
             raise ValueError(
                 f"{name}.rotary_base={value} must be above 1: wavelengths grow by its powers"
             )
-    if MIXERS[name].two_sided:
-        return MIXERS[name](d_model, causal=causal, **mixer_options)
-    if not causal:
-        raise ValueError(
-            f"causal=False: mixer {name!r} has no two-sided form, so it cannot serve an encoder"
-        )
-    return MIXERS[name](d_model, **mixer_options)
 
 
 def _is_like(value: Any, default: Any) -> bool:

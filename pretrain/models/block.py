@@ -8,7 +8,7 @@ Shapes: B batch, T time, D model width. The block owns norms and residuals; mixe
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -32,8 +32,13 @@ class Block(nn.Module):
         mixer: the token mixer.
         d_model: model width.
         d_ff: hidden width of the MLP.
-        mlp: "swiglu" or "gelu".
+        mlp: a name of `MLPS`.
+
+    Attributes:
+        reads_memory: True where forward takes `memory`, an encoder's output.
     """
+
+    reads_memory: ClassVar[bool] = False
 
     def __init__(self, kind: str, mixer: TokenMixer, *, d_model: int, d_ff: int, mlp: str) -> None:
         super().__init__()
@@ -53,12 +58,23 @@ class Block(nn.Module):
     ) -> BlockOutput:
         """x (B, T, D); state and resets as in `TokenMixer.forward`; counted (B, T) bool; padding
         (B, T) bool, for encoders."""
+        x, state, aux = self.mix(x, state, resets, counted, padding)
+        return BlockOutput(x + self.mlp(self.mlp_norm(x)), state, aux)
+
+    def mix(
+        self,
+        x: Tensor,
+        state: Any,
+        resets: Tensor | None,
+        counted: Tensor | None,
+        padding: Tensor | None = None,
+    ) -> BlockOutput:
+        """The first half of `forward`."""
         extra = {"counted": counted} if self.mixer.takes_counted else {}
         if padding is not None:
             extra["padding"] = padding
         mixed = self.mixer(self.mixer_norm(x), state, resets=resets, **extra)
         x = x + (mixed.y if mixed.gate is None else mixed.gate * (mixed.y - x))
-        x = x + self.mlp(self.mlp_norm(x))
         return BlockOutput(x, mixed.state, mixed.aux)
 
 

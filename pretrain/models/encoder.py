@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.mixers import TokenMixer, build
 from pretrain.models.block import Block, update_buffers
-from pretrain.models.language_model import LayersConfig
+from pretrain.models.config import LayersConfig
 from pretrain.models.layers import MLPS, RMSNorm, init_weights
 from pretrain.ops.relative_bias import share_t5_tables
 

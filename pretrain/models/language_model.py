@@ -6,8 +6,6 @@ The head, with its loss, is a submodule: autocast and ZeRO-3 act only inside mod
 logits (B, T, V) of a training step never exist.
 """
 
-import math
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,154 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.mixers import TokenMixer, build
+from pretrain.mixers import TokenMixer
 from pretrain.models.block import Block, update_buffers
-from pretrain.models.layers import MLPS, RMSNorm, init_weights
+from pretrain.models.config import LanguageModelConfig
+from pretrain.models.layers import RMSNorm, init_weights
 from pretrain.ops.cross_entropy import CrossEntropy, linear_cross_entropy
 from pretrain.ops.relative_bias import share_t5_tables
-
-
-@dataclass
-class LayersConfig:
-    """Which mixer each layer has: a pattern, or a default with exceptions.
-
-    Attributes:
-        pattern: mixer names from the bottom up.
-        repeat: how often the pattern is repeated; the product is `n_layers`.
-        default: the mixer of every layer, instead of a pattern.
-        at: exceptions to the default, by layer index (0 is the bottom).
-    """
-
-    pattern: list[str] = field(default_factory=list)
-    repeat: int = 1
-    default: str = ""
-    at: dict[int, str] = field(default_factory=dict)
-
-    def names(self, n_layers: int) -> list[str]:
-        """The mixer of each of `n_layers` layers, bottom first.
-
-        Raises:
-            ValueError: pattern and default both or neither given, wrong total, index out of range.
-        """
-        if bool(self.pattern) == bool(self.default):
-            raise ValueError(
-                f"model.layers: give either a pattern or a default, not both and not neither "
-                f"(pattern={list(self.pattern)}, default={self.default!r})"
-            )
-        if self.pattern:
-            names = list(self.pattern) * self.repeat
-            if self.at:
-                raise ValueError(
-                    f"model.layers.at={dict(self.at)} are exceptions to a default, but a pattern "
-                    f"is given: put them into the pattern"
-                )
-            if len(names) != n_layers:
-                raise ValueError(
-                    f"model.n_layers={n_layers} but layers.pattern has {len(self.pattern)} layers "
-                    f"x repeat={self.repeat} = {len(names)}: make them equal"
-                )
-            return names
-        outside = [index for index in self.at if not 0 <= index < n_layers]
-        if outside:
-            raise ValueError(
-                f"model.layers.at names layers {outside}, but n_layers={n_layers} has "
-                f"0..{n_layers - 1}"
-            )
-        return [self.at.get(index, self.default) for index in range(n_layers)]
-
-
-@dataclass
-class LanguageModelConfig:
-    """Everything that shapes the model.
-
-    Attributes:
-        vocab_size: 0 where the tokenizer is still to fill it in.
-        d_model: model width.
-        n_layers: number of layers; `layers` must agree.
-        layers: the mixer of each layer.
-        mixers: options by mixer name.
-        mlp: "swiglu" or "gelu".
-        d_ff: hidden width of the MLP; 0: 8/3 d_model rounded up to a multiple of 64.
-        tie_embeddings: the head uses the embedding matrix.
-        init_std: of embeddings and weights; projections onto the residual stream are smaller by
-            1 / sqrt(2 n_layers).
-        loss_chunk_size: tokens whose logits exist at one time.
-        activation_checkpointing: recompute each block in the backward.
-        reset_grid: tokens between places where a document may begin; 0: the least common multiple
-            of the layers' own grids, otherwise a multiple of it. Models to be compared on the same
-            batches need the same grid.
-    """
-
-    vocab_size: int = 0
-    d_model: int = 256
-    n_layers: int = 4
-    layers: LayersConfig = field(default_factory=LayersConfig)
-    mixers: dict[str, Any] = field(default_factory=dict)
-    mlp: str = "swiglu"
-    d_ff: int = 0
-    tie_embeddings: bool = True
-    init_std: float = 0.02
-    loss_chunk_size: int = 4096
-    activation_checkpointing: bool = False
-    reset_grid: int = 0
-
-    def layer_names(self) -> list[str]:
-        """The mixer of each layer, bottom first; see `LayersConfig.names`."""
-        return self.layers.names(self.n_layers)
-
-    @property
-    def feed_forward_size(self) -> int:
-        """`d_ff` with the default filled in."""
-        return self.d_ff or 64 * math.ceil(8 * self.d_model / 3 / 64)
-
-    def problems(self) -> list[str]:
-        """Everything wrong with this config, one message each; empty when it can be built."""
-        found = []
-        for name in ("d_model", "n_layers", "loss_chunk_size"):
-            if getattr(self, name) < 1:
-                found.append(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("vocab_size", "d_ff", "reset_grid", "init_std"):
-            if getattr(self, name) < 0:
-                found.append(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.mlp not in MLPS:
-            found.append(f"model.mlp={self.mlp!r} is unknown: choose from {', '.join(MLPS)}")
-        try:
-            used = set(self.layer_names())
-        except ValueError as error:
-            found.append(str(error))
-            used = set()
-        if self.d_model < 1:  # nothing can be built to look at
-            return found
-        grids = []
-        for name in sorted(used | set(self.mixers)):
-            try:
-                with torch.device("meta"):
-                    grids.append(self.build_mixer(name).block_size)
-            except ValueError as error:
-                found.append(f"model.mixers: {error}")
-        grid = math.lcm(*grids)
-        if self.reset_grid > 0 and self.reset_grid % grid:
-            found.append(
-                f"model.reset_grid={self.reset_grid} is not a multiple of {grid}, the least common "
-                f"multiple of the layers' grids: choose a multiple, or 0"
-            )
-        return found
-
-    def build_mixer(self, name: str) -> TokenMixer:
-        """A new mixer of this model's width with the options given for its name.
-
-        Raises:
-            ValueError: the mixer refuses its name or its options.
-        """
-        options = self.mixers.get(name) or {}
-        if not isinstance(options, dict):
-            raise ValueError(f"{name}={options!r} must be a mapping of options, {name}: {{...}}")
-        if "causal" in options:
-            raise ValueError(
-                f"{name}.causal={options['causal']!r}: a decoder is causal, and two-sided mixers "
-                f"would see the tokens they are to predict; leave it out"
-            )
-        return build(name, d_model=self.d_model, **options)
 
 
 class ModelState(NamedTuple):
@@ -178,14 +34,14 @@ class ModelOutput(NamedTuple):
         loss_sum: scalar, at least fp32: sum of NLL in nats over counted targets; None without
             targets.
         hidden: (B, T, D), normed; `LanguageModel.logits` takes it.
-        state: to be handed to the next call.
+        state: to be handed to the next call, a `ModelState` or `DecoderState`.
         aux: "{layer_index}.{name}" -> what the mixers report, see `MixerOutput`.
         nll: (B, T), at least fp32, 0 where masked, without gradient; None unless asked for.
     """
 
     loss_sum: Tensor | None
     hidden: Tensor
-    state: ModelState
+    state: Any
     aux: dict[str, Tensor]
     nll: Tensor | None = None
 
@@ -193,15 +49,20 @@ class ModelOutput(NamedTuple):
 class LMHead(nn.Module):
     """Projection onto the vocabulary, with the loss inside."""
 
-    def __init__(self, d_model: int, vocab_size: int, loss_chunk_size: int) -> None:
+    def __init__(
+        self, d_model: int, vocab_size: int, loss_chunk_size: int, *, scale_logits: bool = False
+    ) -> None:
         super().__init__()
         self.loss_chunk_size = loss_chunk_size
+        self.scale = d_model**-0.5 if scale_logits else 1.0
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None
     ) -> Tensor | CrossEntropy:
         """hidden (B, T, D) -> logits (B, T, V) or, with targets, the loss over B * T tokens."""
+        if self.scale != 1:
+            hidden = hidden * self.scale
         if targets is None:
             # Hidden states of an autocast forward are narrow, and the caller may have left it.
             wide = torch.promote_types(hidden.dtype, self.weight.dtype)
@@ -215,6 +76,16 @@ class LMHead(nn.Module):
             loss_mask.flatten(),
             chunk_size=self.loss_chunk_size,
         )
+
+
+def head_of(config: LanguageModelConfig) -> LMHead:
+    """A new head; tying it is the model's work."""
+    return LMHead(
+        config.d_model,
+        config.vocab_size,
+        config.loss_chunk_size,
+        scale_logits=config.scale_logits,
+    )
 
 
 class LanguageModel(nn.Module):
@@ -236,6 +107,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         problems = config.problems()
+        if config.has_encoder:
+            problems.append("model.encoder: this is an encoder-decoder, see `build_model`")
         if config.vocab_size == 0:
             problems.append("model.vocab_size=0: set it to the tokenizer's size")
         if problems:
@@ -254,13 +127,13 @@ class LanguageModel(nn.Module):
         ]
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.d_model)
-        self.head = LMHead(config.d_model, config.vocab_size, config.loss_chunk_size)
+        self.head = head_of(config)
         if config.tie_embeddings:
             # One Parameter in two modules, which is what ZeRO-3 understands.
             self.head.weight = cast(nn.Parameter, self.embedding.weight)
         share_t5_tables(self)
         layers = self._mixers()
-        self.reset_grid = config.reset_grid or math.lcm(*(layer.block_size for layer in layers))
+        self.reset_grid = config.common_grid(layer.block_size for layer in layers)
         for layer in layers:
             layer.reset_grid = self.reset_grid
         self.constant_state = all(layer.constant_state for layer in layers)

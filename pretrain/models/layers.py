@@ -1,5 +1,7 @@
 """Channel-wise layers: norm and MLPs, (..., D) in and out, D model width; and first weights."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,6 +26,8 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """W_out (silu(W_gate x) * W_up x) (Shazeer 2020, 2002.05202); gate and up are one matrix."""
 
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)
+
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.in_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
@@ -31,11 +35,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.in_proj(x).chunk(2, -1)
-        return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(self.activation(gate) * up)
+
+
+class GEGLU(SwiGLU):
+    """The same with gelu, by T5 1.1's approximation of it (tanh)."""
+
+    activation = staticmethod(partial(F.gelu, approximate="tanh"))
 
 
 class GELUMLP(nn.Module):
     """W_out gelu(W_in x), the original Transformer's MLP without biases."""
+
+    activation: Callable[[Tensor], Tensor] = staticmethod(F.gelu)
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -43,17 +55,28 @@ class GELUMLP(nn.Module):
         self.out_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(F.gelu(self.in_proj(x)))
+        return self.out_proj(self.activation(self.in_proj(x)))
 
 
-MLPS: dict[str, type[SwiGLU | GELUMLP]] = {"swiglu": SwiGLU, "gelu": GELUMLP}
+class ReLUMLP(GELUMLP):
+    """W_out relu(W_in x), the first T5's."""
+
+    activation = staticmethod(F.relu)
+
+
+MLPS: dict[str, type[SwiGLU | GELUMLP]] = {
+    "swiglu": SwiGLU,
+    "geglu": GEGLU,
+    "gelu": GELUMLP,
+    "relu": ReLUMLP,
+}
 
 
 @torch.no_grad()
 def init_weights(
     model: nn.Module,
     std: float,
-    n_layers: int,
+    n_layers: float,
     tables: tuple[type[nn.Module], ...] = (nn.Embedding,),
 ) -> None:
     """Draws the weights of all Linears and `tables` from N(0, std^2); zeroes biases.
@@ -62,7 +85,7 @@ def init_weights(
         model: what holds them.
         std: of embeddings and weights.
         n_layers: an `out_proj` is smaller by 1 / sqrt(2 n_layers): each layer adds two terms to the
-            residual stream, whose variance stays put.
+            residual stream, whose variance stays put (a layer that adds three counts 1.5).
         tables: further modules with a `weight`.
     """
     if any(parameter.is_meta for parameter in model.parameters()):

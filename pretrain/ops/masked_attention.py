@@ -1,4 +1,4 @@
-"""Causal softmax attention, with a mask by any fused kernel but cuDNN's.
+"""Softmax attention, with a mask by any fused kernel but cuDNN's.
 
 Shapes: B batch, H heads, T queries, S keys, K head width.
 
@@ -15,7 +15,13 @@ SAFE_WITH_MASKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, S
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
     """Attention of q (B, H, T, K) to k, v (B, H, S, K).
 
@@ -24,13 +30,14 @@ def masked_attention(
         k: keys.
         v: values.
         mask: broadcasts to (B, H, T, S): bool, True where visible, or what is added to the scores,
-            in the dtype of q; None: causal, with T == S.
+            in the dtype of q; None: see `causal`.
         scale: of the scores; None: 1 / sqrt(K).
+        causal: what no mask means: the keys so far, with T == S; False: all keys.
 
     Returns:
         (B, H, T, K).
     """
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     with sdpa_kernel(SAFE_WITH_MASKS):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -29,6 +29,7 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
     "attention": {
         "rotary": {"n_heads": 2},
         "qk_norm": {"n_heads": 2, "qk_norm": True},
+        "t5": {"n_heads": 2, "head_dim": 6, "position": "t5", "scale_scores": False},
     },
     "block_recurrent": {
         "rotary": {"n_heads": 2, "block_size": W, "n_states": 3},

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain import mixers
 from pretrain.mixers.longvq import DEAD_SHARE, Codebook, LongVQ, hash_uniform
-from pretrain.models.language_model import LanguageModel, LanguageModelConfig, LayersConfig
+from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
 from pretrain.ops.vq_attention import FORGOTTEN, nearest_codes
 
 D_MODEL, W, BATCH, HEADS, CODES, WIDTH = 8, 8, 2, 2, 5, 4

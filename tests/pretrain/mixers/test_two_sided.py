@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from test_definitions import attend, ema, heads, mimo, nplr, quantised, rotated, scaled, ssm
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import mixers
@@ -95,6 +95,27 @@ def swa(mixer: Any, x: Tensor) -> Tensor:
     return window(mixer, x) @ mixer.out_proj.weight.T
 
 
+def attention(mixer: Any, x: Tensor) -> Tensor:
+    q, k, v = heads(x, mixer.qkv_proj.weight, 3, mixer.n_heads)
+    q, k = scaled(mixer, q, k)
+    bias: Tensor | float = 0.0
+    if mixer.position_bias is None:
+        q, k = rotated(q, mixer.rotary_base), rotated(k, mixer.rotary_base)
+    else:
+        q = q * mixer.head_dim**0.5  # these scores are not scaled
+        bias = mixer.position_bias.table[:, both_sided_buckets()]
+    everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    return attend(q, k, v, everything, bias).flatten(2) @ mixer.out_proj.weight.T
+
+
+def both_sided_buckets() -> Tensor:
+    """(T, T): of T5's 16 buckets a side the first 8 have one distance each, wider ones follow."""
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    size = distance.abs()
+    wider = sum((size >= edge).long() for edge in (12, 16, 23))  # 8 (128 / 8)^(k / 8)
+    return torch.where(size < 8, size, 8 + wider) + 16 * (distance < 0)
+
+
 def spade(mixer: Any, x: Tensor) -> Tensor:
     g = both_sides(nplr if hasattr(mixer.ssm, "P") else ssm, mixer.ssm, x)
     if mixer.combine == "stack":
@@ -140,6 +161,12 @@ LONGVQ = {"block_size": W, "chunk_size": 4, "n_heads": 2, "d_shared": 8, "n_code
 WINDOW = {"n_heads": 2, "window_size": W}
 SPADE = WINDOW | {"chunk_size": 4, "n_modes": 3}
 ROWS: dict[str, tuple[str, dict[str, Any], Callable[[Any, Tensor], Tensor]]] = {
+    "attention": ("attention", {"n_heads": 2, "qk_norm": True}, attention),
+    "attention t5": (
+        "attention",
+        {"n_heads": 2, "head_dim": 6, "position": "t5", "scale_scores": False},
+        attention,
+    ),
     "ema": ("ema", {"n_modes": 3, "chunk_size": 4}, ema_both_ways),
     "fsat": ("fsat", {"n_heads": 2, "n_places": 4, "rotary_base": 100.0}, fsat),
     "longvq": ("longvq", LONGVQ, longvq),
@@ -244,7 +271,7 @@ def test_flops_are_those_counted(row: str, length: int, monkeypatch: pytest.Monk
     # The counter has no formula for the CPU's flash kernel.
     monkeypatch.setattr(masked_attention, "SAFE_WITH_MASKS", [SDPBackend.MATH])
     mixer, x = build(row).float(), inputs(length).float()[:1]
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         mixer(x)
     assert counter.get_total_flops() == pytest.approx(mixer.executed_flops(length), rel=0.02)
     # A third of the three blocks that are multiplied is out of reach, and the ends have no
@@ -289,7 +316,7 @@ def test_compiles_without_a_graph_break(row: str) -> None:
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     padding[0, -3:] = True
     torch._dynamo.reset()
-    backend = "aot_eager" if row in ("fsat", "swa") else "eager"
+    backend = "aot_eager" if row in ("attention", "fsat", "swa") else "eager"
     compiled = torch.compile(mixer, fullgraph=True, backend=backend, dynamic=False)
     got, want = (f(x, padding=padding).y for f in (compiled, mixer))
     torch.testing.assert_close(got, want, rtol=0, atol=SAME)

@@ -15,6 +15,7 @@ SAME = 1e-10
 WINDOW = {"n_heads": 2, "window_size": 8}
 SSM = {"n_modes": 3, "chunk_size": 4}
 OPTIONS = {
+    "attention": {"n_heads": 2},
     "ema": SSM,
     "fsat": {"n_heads": 2, "n_places": 4},
     "longvq": SSM | {"block_size": 8, "n_heads": 2, "d_shared": 8, "n_codes": 5},

@@ -29,10 +29,15 @@ def test_a_mask_keeps_cudnn_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
-def test_no_mask_is_the_causal_mask(scale: float | None) -> None:
+def test_no_mask_is_the_causal_one_or_none(scale: float | None) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 5, 8, dtype=torch.float64).unbind(0)
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     torch.testing.assert_close(
         masked_attention(q, k, v, None, scale), masked_attention(q, k, v, mask, scale)
+    )
+    everything = torch.ones_like(mask)
+    torch.testing.assert_close(
+        masked_attention(q, k, v, None, scale, causal=False),
+        masked_attention(q, k, v, everything, scale),
     )
