@@ -17,7 +17,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"layers": LayersConfig(default="bts")}, "did you mean 'bst'"),
     ({"mixers": {"swa": {"window": 4}}}, "did you mean 'window_size'"),
     ({"d_model": 36}, "does not divide d_model=36"),
-    ({"mlp": "relu"}, "choose from swiglu, gelu"),
+    ({"mlp": "silu"}, "choose from swiglu, geglu, gelu, relu"),
     ({"reset_grid": 100}, "not a multiple of 512"),
     ({"d_ff": -1}, "must not be negative"),
     ({"vocab_size": 0}, "set it to the tokenizer's size"),
@@ -48,7 +48,7 @@ def test_wrong_configs_are_refused_with_the_reason(changes: dict[str, Any], reas
 
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ValueError, match="mlp") as error:
-        LanguageModel(config(mlp="relu", vocab_size=0, layers=LayersConfig(default="bts")))
+        LanguageModel(config(mlp="silu", vocab_size=0, layers=LayersConfig(default="bts")))
     assert len(str(error.value).splitlines()) == 3
 
 
