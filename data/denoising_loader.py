@@ -229,9 +229,15 @@ class Corrupter:
 
 
 def evaluation_batches(
-    corpus: Corpus, corruption: Corruption, encoder_length: int, batch_size: int
+    corpus: Corpus,
+    corruption: Corruption,
+    encoder_length: int,
+    batch_size: int,
+    *,
+    max_documents: int | None = None,
+    max_chunks: int | None = None,
 ) -> Iterator[tuple[np.ndarray, EncoderDecoderBatch]]:
-    """All documents of a split in chunks, each with the same mask at every call.
+    """The documents of a split in chunks, each with the same mask at every call.
 
     A mask depends on (document, chunk) alone: two models, and one model at two steps, are asked the
     same questions. A chunk never reaches over the end of its document; the last one of a document
@@ -242,6 +248,8 @@ def evaluation_batches(
         corruption: one of an objective's, since a mixture has no single loss.
         encoder_length: S.
         batch_size: chunks of a batch; the last batch may have fewer.
+        max_documents: only the first ones of the split; None: all.
+        max_chunks: only the first ones of each document; None: all.
 
     Yields:
         The document of each row, (B,) int64, and the batch.
@@ -253,8 +261,9 @@ def evaluation_batches(
     check_sentinels(sentinels, corruption.n_sentinels(encoder_length), "evaluation", encoder_length)
     corrupter = Corrupter([corruption], sentinels, encoder_length)
     length = corruption.source_length(encoder_length)
-    lengths = corpus.doc_lengths
-    chunks = np.repeat(np.arange(len(lengths)), -(-lengths // length))
+    lengths = corpus.doc_lengths[:max_documents]
+    n_chunks = np.minimum(-(-lengths // length), max_chunks or corpus.n_tokens)
+    chunks = np.repeat(np.arange(len(lengths)), n_chunks)
     first_chunk = np.searchsorted(chunks, chunks)
     for begin in range(0, len(chunks), batch_size):
         documents = chunks[begin : begin + batch_size]

@@ -21,6 +21,7 @@ from launch.training_data import (
     open_tokenizer,
     read_prepared,
     read_stream,
+    target_length,
 )
 from pretrain.config import (
     RunConfig,
@@ -30,7 +31,7 @@ from pretrain.config import (
     save_config,
 )
 from pretrain.config_problems import launcher_world_size
-from pretrain.models import LanguageModel, LanguageModelConfig
+from pretrain.models import LanguageModelConfig, build_model
 from pretrain.training.catalogue import catalogue, describe_catalogue
 from pretrain.training.checkpoint import checkpoint_bytes
 from pretrain.training.engine import deepspeed_config, leave, start_process_group
@@ -44,7 +45,6 @@ from pretrain.training.plan import (
     make_plan,
 )
 from pretrain.training.trainer import RankError, Trainer, TrainingError
-from pretrain.training.validation import Validation
 
 FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 
@@ -91,8 +91,8 @@ def set_up(arguments: list[str]) -> Trainer | None:
     mixture = None if streaming else open_prepared(config)
     tokenizer = open_tokenizer(config, world_size) if streaming else None
     torch.manual_seed(config.seed)
-    model = LanguageModel(config.model)
-    check_run_fits_model(config, model)
+    model = build_model(config.model)
+    check_run_fits_model(config, model, target_length(config))
     data = None
     if mixture is not None:
         place = {"rank": rank, "world_size": world_size}
@@ -110,7 +110,7 @@ def set_up(arguments: list[str]) -> Trainer | None:
         lines = [f"changed   {key}: {old} -> {new}" for key, (old, new) in changed]
         screen = first_screen(config, world_size, data.description)
         say(config.run_dir, "\n".join([screen, *lines]) + "\n")
-    evaluate = Validation(*data.validation, world) if data.validation else None
+    evaluate = data.validation(world) if data.validation else None
     trainer = Trainer(config, model, data.loader, world, data.facts, evaluate=evaluate)
     if world.is_main:  # not before the trainer has found that this run may go on
         save_config(config, saved_config)
@@ -139,7 +139,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
 
 def first_screen(config: RunConfig, world_size: int, data: str) -> str:
     """What the run will be, and on which data."""
-    plan = describe(config, make_plan(config, world_size))
+    plan = describe(config, make_plan(config, world_size, target_length(config)))
     return "\n".join([f"commit    {git_commit()}", plan, data])
 
 

@@ -28,6 +28,19 @@ class Batch(NamedTuple):
     resets: Tensor | None
     doc_id: Tensor
 
+    def model_inputs(self) -> dict[str, Any]:
+        """Arguments of a language model's forward."""
+        return {
+            "tokens": self.tokens[:, :-1],
+            "resets": self.resets,
+            "targets": self.tokens[:, 1:],
+            "loss_mask": self.loss_mask,
+        }
+
+    def target_groups(self) -> dict[str, Tensor]:
+        """(B, T) bool by name: targets whose losses are also reported apart."""
+        return {}
+
 
 class EncoderDecoderBatch(NamedTuple):
     """One micro-batch of encoder-decoder training: a damaged text and what is missing from it.
@@ -47,6 +60,24 @@ class EncoderDecoderBatch(NamedTuple):
     decoder_tokens: Tensor
     loss_mask: Tensor
     sentinel_mask: Tensor
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Arguments of an encoder-decoder's forward."""
+        return {
+            "encoder_tokens": self.encoder_tokens,
+            "encoder_mask": self.encoder_mask,
+            "tokens": self.decoder_tokens[:, :-1],
+            "targets": self.decoder_tokens[:, 1:],
+            "loss_mask": self.loss_mask,
+            "per_token": True,
+        }
+
+    def target_groups(self) -> dict[str, Tensor]:
+        """(B, T) bool by name: targets whose losses are also reported apart."""
+        return {
+            "sentinel": self.loss_mask & self.sentinel_mask,
+            "other": self.loss_mask & ~self.sentinel_mask,
+        }
 
 
 BatchType = TypeVar("BatchType")

@@ -180,6 +180,9 @@ class RunConfig:
     seed: int = 0
     world_size: int = 0  # 0: the launcher's; set it to plan a dry run for a cluster
     dry_run: bool = False
+    # causal: the next token | for encoder-decoders, whose train.seq_len is the encoder's length:
+    # span (T5's span corruption), ul2 (its mixture with prefix LM), gap (PEGASUS' gap sentences)
+    objective: str = "causal"
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
+DENOISING = ("span", "ul2", "gap")
 BOUNDARIES = {
     "lanes": ("pad_block", "pad_segment", "cross"),
     "windows": ("packed", "pad_block"),
@@ -27,6 +28,7 @@ def problems_of(config: "RunConfig") -> list[str]:
     choices = {
         "data.mode": (config.data.mode, ("lanes", "windows", "stream")),
         "data.boundary": (config.data.boundary or boundaries[0], boundaries),
+        "objective": (config.objective, ("causal", *DENOISING)),
         "train.precision": (train.precision, ("bf16", "fp32")),
         "schedule.type": (config.schedule.type, ("wsd", "cosine", "constant")),
         "zero.stage": (config.zero.stage, (0, 1, 2, 3)),
@@ -88,6 +90,7 @@ def problems_of(config: "RunConfig") -> list[str]:
             f"train.carry_state=true with data.mode={config.data.mode}: shuffled windows have no "
             f"predecessor whose state could be carried; use data.mode=lanes"
         )
+    problems += _objective_problems(config)
     problems += _mixture_problems(config)
     if config.data.mode == "stream":
         problems += _stream_problems(config)
@@ -99,6 +102,39 @@ def problems_of(config: "RunConfig") -> list[str]:
         )
     if min(train.seq_len, train.global_batch_tokens, train.micro_batch_size) > 0:
         problems += _batch_problems(config)
+    return problems
+
+
+def _objective_problems(config: "RunConfig") -> list[str]:
+    data, has_encoder = config.data, config.model.has_encoder
+    if config.objective not in DENOISING:
+        if not has_encoder:
+            return []
+        return [
+            f"objective={config.objective}: the model has an encoder "
+            f"(model.encoder.n_layers={config.model.encoder.n_layers}), which a language model's "
+            f"objective leaves idle; choose from {', '.join(DENOISING)}"
+        ]
+    problems = []
+    if not has_encoder:
+        problems.append(
+            f"objective={config.objective}: it is for encoder-decoders, and the model has no "
+            f"encoder; pick one, e.g. model=spade_t5_tiny, or use objective=causal"
+        )
+    elif data.mode != "windows":  # otherwise said by the encoder-decoders' own files
+        problems.append(
+            f"data.mode={data.mode} with objective={config.objective}: inputs are cut from "
+            f"shuffled windows of a prepared corpus; use data.mode=windows"
+        )
+    if data.boundary not in ("", "packed"):
+        problems.append(
+            f"data.boundary={data.boundary} with objective={config.objective}: inputs are exactly "
+            f"full, documents stand side by side in them; leave it out"
+        )
+    if data.mixture:
+        problems.append(
+            f"data.mixture with objective={config.objective}: one corpus is read; use data.path"
+        )
     return problems
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 
 from pretrain.config import CONFIG_DIR, load_config
-from pretrain.models import LanguageModel, LanguageModelConfig
+from pretrain.models import LanguageModelConfig, LayersConfig, build_model
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def catalogue(vocab_size: int, seq_len: int, names: str = "*") -> list[Entry]:
     for path in (CONFIG_DIR / "model").glob(f"{names}.yaml"):
         config = replace(load_config([f"model={path}"]).model, vocab_size=vocab_size)
         with torch.device("meta"):
-            model = LanguageModel(config)
+            model = build_model(config)
         entries.append(
             Entry(
                 name=path.stem,
@@ -51,11 +51,21 @@ def catalogue(vocab_size: int, seq_len: int, names: str = "*") -> list[Entry]:
 
 
 def short_layers(config: LanguageModelConfig) -> str:
-    """Bottom first, equal neighbours together: "2 swa, bst, 9 swa"; "(3 gss, swa) x 6"."""
-    pattern = list(config.layers.pattern)
-    runs = [(name, len(list(group))) for name, group in groupby(pattern or config.layer_names())]
+    """Bottom first, equal neighbours together: "2 swa, bst, 9 swa"; "(3 gss, swa) x 6".
+
+    An encoder's come first: "spade, 11 swa -> 12 attention".
+    """
+    decoder = _in_short(config.layers, config.layer_names())
+    if not config.has_encoder:
+        return decoder
+    return f"{_in_short(config.encoder.layers, config.encoder_layer_names())} -> {decoder}"
+
+
+def _in_short(layers: LayersConfig, names: list[str]) -> str:
+    pattern = list(layers.pattern)
+    runs = [(name, len(list(group))) for name, group in groupby(pattern or names)]
     text = ", ".join(f"{count} {name}" if count > 1 else name for name, count in runs)
-    return f"({text}) x {config.layers.repeat}" if pattern and config.layers.repeat > 1 else text
+    return f"({text}) x {layers.repeat}" if pattern and layers.repeat > 1 else text
 
 
 def describe_catalogue(entries: list[Entry], vocab_size: int, seq_len: int) -> str:
@@ -63,7 +73,7 @@ def describe_catalogue(entries: list[Entry], vocab_size: int, seq_len: int) -> s
     wide = max(len(entry.name) for entry in entries)
     lines = [
         f"models at a vocabulary of {vocab_size:,}; train FLOPs per token in documents of "
-        f"{seq_len:,} tokens; pick one by model=NAME",
+        f"{seq_len:,} tokens, of encoder-decoders per token that is read; pick one by model=NAME",
         "",
         f"{'name':<{wide}}  {'parameters':>13}  {'MFLOPs/token':>12}  constant state  layers",
     ]

@@ -207,12 +207,14 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
         ValueError: when they differ by more than rounding.
     """
     shape = (config.train.micro_batch_size, config.train.seq_len, config.model.d_model)
-    for kind, block in {block.kind: block for block in model.blocks}.items():  # type: ignore[union-attr]
+    kinds = {(block.kind, block.reads_memory): block for block in model.blocks}  # type: ignore[union-attr]
+    for (kind, reads_memory), block in kinds.items():
         states = [None, None]
+        read = {"memory": torch.randn(shape, device=device)} if reads_memory else {}
         for segment in ("first", "second"):
             x = torch.randn(shape, device=device)
             with autocast(config, device):
-                want, got = block.forward(x, states[0]), block(x, states[1])
+                want, got = block.forward(x, states[0], **read), block(x, states[1], **read)
             error = compiled_error(block, x, want.x, got.x)
             if not error < COMPILED_ERROR:
                 raise ValueError(

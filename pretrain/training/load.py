@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import RunConfig, load_saved_config
-from pretrain.models import LanguageModel
+from pretrain.models import EncoderDecoder, LanguageModel, build_model
 from pretrain.training import manifest
 from pretrain.training.manifest import CheckpointError
 
@@ -39,7 +39,25 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def load_model(
     run_dir: Path, tag: str = "latest"
 ) -> tuple[LanguageModel, RunConfig, dict[str, Any]]:
-    """Rebuilds a trained model.
+    """Rebuilds a trained language model; see `load_any_model`.
+
+    Raises:
+        CheckpointError: when the checkpoint is missing or damaged.
+        ValueError: the run trained an encoder-decoder.
+    """
+    model, config, info = load_any_model(run_dir, tag)
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"run={run_dir}: it trained an encoder-decoder (objective={config.objective}), and "
+            f"this takes a language model; name a run of objective=causal"
+        )
+    return model, config, info
+
+
+def load_any_model(
+    run_dir: Path, tag: str = "latest"
+) -> tuple[LanguageModel | EncoderDecoder, RunConfig, dict[str, Any]]:
+    """Rebuilds a trained model of either kind.
 
     Args:
         run_dir: a run directory, e.g. runs/NAME.
@@ -65,7 +83,7 @@ def load_model(
             names = ", ".join(saved.path.name for saved in manifest.saved_checkpoints(root))
             raise CheckpointError(f"{path}: {problem}; there are: {names or 'none'}")
     config = load_saved_config(path / "config.yaml")
-    model = LanguageModel(config.model)
+    model = build_model(config.model)
     model.load_state_dict(load_weights(path))
     info = json.loads((path / "training.json").read_text(encoding="utf-8"))
     return model.eval(), config, {**info, "path": str(path)}

@@ -35,17 +35,27 @@ class CorpusFacts:
     """What training needs to know about the text besides its batches.
 
     Attributes:
-        bytes_per_token: UTF-8 bytes of the corpus over its tokens, turns nats into bits per byte.
+        bytes_per_token: UTF-8 bytes of the corpus over its tokens, turns nats into bits per byte;
+            None where targets are not the text, but what a denoising objective makes of it.
         tokenizer: the tokenizer's fingerprint; a checkpoint resumes only with its own.
+        target_length: tokens of a row's targets in encoder-decoder training, else 0.
     """
 
-    bytes_per_token: float
+    bytes_per_token: float | None
     tokenizer: str
+    target_length: int = 0
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Bits per UTF-8 byte from a mean loss in nats per token."""
     return loss / math.log(2) / bytes_per_token
+
+
+def bits_per_byte_of(loss: float, bytes_per_token: float | None) -> dict[str, float]:
+    """The metric by its name, where there is one."""
+    if bytes_per_token is None:
+        return {}
+    return {"bits_per_byte": bits_per_byte(loss, bytes_per_token)}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -168,11 +178,22 @@ class MetricLog:
 
 
 def console_line(step: int, total_steps: int, tokens: int, values: dict[str, float]) -> str:
-    """The line of one log step: step tokens loss bpb gnorm lr tok/s mfu mem data% eta."""
+    """The line of one log step: step tokens loss bpb gnorm lr tok/s mfu mem data% eta.
+
+    A denoising objective has in the place of bpb its loss on sentinels and on all other tokens.
+    """
+    losses = f"loss {values['loss']:.4f}  "
+    for name, key in (
+        ("bpb", "bits_per_byte"),
+        ("sentinel", "loss/sentinel"),
+        ("other", "loss/other"),
+    ):
+        if key in values:
+            losses += f"{name} {values[key]:.4f}  "
     mfu = f"mfu {values['mfu']:.1%}  " if "mfu" in values else ""
     return (
-        f"step {step:>6}/{total_steps}  tokens {short(tokens):>6}  loss {values['loss']:.4f}  "
-        f"bpb {values['bits_per_byte']:.4f}  gnorm {values['grad_norm']:.3f}  "
+        f"step {step:>6}/{total_steps}  tokens {short(tokens):>6}  {losses}"
+        f"gnorm {values['grad_norm']:.3f}  "
         f"lr {values['lr']:.2e}  tok/s {short(values['tokens_per_second']):>6}  {mfu}"
         f"mem {values['memory_gib']:.2f}G  data {values['data_fraction']:.1%}  "
         f"eta {duration(values['eta_seconds'])}"

@@ -8,11 +8,13 @@ product, without recomputation; the same number is MFU's numerator.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from pretrain.config import RunConfig, differences
-from pretrain.models import LanguageModel
+from pretrain.models import EncoderDecoder, LanguageModel, build_model
 from pretrain.training.metrics import PEAK_BF16_FLOPS
 
 PLANNED_VOCAB_SIZE = 32_128  # where no corpus is named: T5's 32,000 pieces, padded
@@ -33,18 +35,32 @@ class Plan:
     h100_hours: float
 
 
-def make_plan(config: RunConfig, world_size: int) -> Plan:
+def train_flops_per_token(model: nn.Module, seq_len: int, target_length: int) -> float:
+    """Forward and backward; `target_length` tokens per row of an encoder-decoder, otherwise 0."""
+    return math.fsum(_train_flops(model, seq_len, target_length).values())
+
+
+def _train_flops(model: Any, seq_len: int, target_length: int) -> dict[str, float]:
+    lengths = (seq_len, target_length) if target_length else (seq_len,)
+    return {kind: 3.0 * flops for kind, flops in model.flops_per_token(*lengths).items()}
+
+
+def make_plan(config: RunConfig, world_size: int, target_length: int = 0) -> Plan:
     """Builds the model on the meta device and derives everything else.
+
+    Args:
+        config: of the run.
+        world_size: data-parallel ranks.
+        target_length: tokens of a row's targets in encoder-decoder training, else 0.
 
     Raises:
         ValueError: when the model configuration is inconsistent, or the run does not fit it.
     """
     with torch.device("meta"):
-        model = LanguageModel(config.model)
-    check_run_fits_model(config, model)
+        model = build_model(config.model)
+    check_run_fits_model(config, model, target_length)
     parameters = model.parameter_counts()
-    forward = model.flops_per_token(config.train.seq_len)
-    train_flops = {kind: 3.0 * flops for kind, flops in forward.items()}
+    train_flops = _train_flops(model, config.train.seq_len, target_length)
     total_flops = sum(train_flops.values()) * config.train.total_tokens
     return Plan(
         world_size=world_size,
@@ -52,13 +68,15 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         train_flops_per_token=train_flops,
         grad_accum_steps=config.grad_accum_steps(world_size),
         total_steps=config.total_steps,
-        memory_bytes=_memory(config, sum(parameters.values()), world_size),
+        memory_bytes=_memory(config, sum(parameters.values()), world_size, target_length),
         h100_hours=total_flops / (PLANNED_MFU * PEAK_BF16_FLOPS["H100"] * world_size) / 3600,
     )
 
 
-def check_run_fits_model(config: RunConfig, model: LanguageModel) -> None:
-    """Refuses segments and states that the model cannot take.
+def check_run_fits_model(
+    config: RunConfig, model: LanguageModel | EncoderDecoder, target_length: int = 0
+) -> None:
+    """Refuses segments, states and targets that the model cannot take.
 
     Raises:
         ValueError: with every key that does not fit, one line each.
@@ -82,7 +100,13 @@ def check_run_fits_model(config: RunConfig, model: LanguageModel) -> None:
             "data.mode=lanes: documents begin inside segments there, and a layer of this model has "
             "filters without a recurrence; use data.mode=windows data.boundary=packed"
         )
-    if limit and seq_len > limit:
+    if limit and target_length > limit:
+        problems.append(
+            f"train.seq_len={seq_len}: objective={config.objective} makes targets of "
+            f"{target_length} tokens of it, and a layer of the decoder knows no lags beyond its "
+            f"train_length={limit}; shorten the inputs or raise train_length"
+        )
+    if limit and not target_length and seq_len > limit:
         problems.append(
             f"train.seq_len={seq_len}: a layer of this model knows no lags beyond its "
             f"train_length={limit}; use train.seq_len={limit} or raise train_length"
@@ -91,7 +115,9 @@ def check_run_fits_model(config: RunConfig, model: LanguageModel) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _memory(config: RunConfig, parameters: int, world_size: int) -> dict[str, float]:
+def _memory(
+    config: RunConfig, parameters: int, world_size: int, target_length: int
+) -> dict[str, float]:
     """Bytes per rank. fp32 parameters, gradients, master copy and two Adam moments, each divided
     by the world size from the ZeRO stage on that shards it; activations are a rule of thumb."""
     stage, model, train = config.zero.stage, config.model, config.train
@@ -101,21 +127,23 @@ def _memory(config: RunConfig, parameters: int, world_size: int) -> dict[str, fl
 
     host = config.zero.offload_optimizer
     activation_width = 2 if train.precision == "bf16" else 4
-    tokens = train.micro_batch_size * train.seq_len
+    tokens = train.micro_batch_size * (target_length or train.seq_len)  # the decoder's
+    encoder_tokens = train.micro_batch_size * train.seq_len
     # Per layer and token: mixer about 8 d, MLP about 3 d_ff + 2 d kept for the backward pass; with
     # checkpointing only the block's input, plus one block's worth while it is recomputed.
     kept = 10 * model.d_model + 3 * model.feed_forward_size
+    layer_tokens = model.n_layers * tokens + model.encoder.n_layers * encoder_tokens
     if model.activation_checkpointing:
-        per_token = model.n_layers * model.d_model + kept
+        activations = layer_tokens * model.d_model + kept * max(tokens, encoder_tokens)
     else:
-        per_token = model.n_layers * kept
+        activations = layer_tokens * kept
     loss_chunk = min(tokens, model.loss_chunk_size)
     master = 0 if stage == 0 else 4 * parameters / world_size
     return {
         "parameters": 4 * parameters / share(3),
         "gradients": 4 * parameters / share(2),
         "optimizer state": 0 if host else master + 8 * parameters / share(1),
-        "activations (estimate)": activation_width * per_token * tokens,
+        "activations (estimate)": activation_width * activations,
         "loss chunk": 8.0 * loss_chunk * model.vocab_size,
     }
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.batch import Batch, StepLoader
+from pretrain.batch import Batch, EncoderDecoderBatch, StepLoader
 from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
 from pretrain.training import health, metrics
@@ -29,9 +29,11 @@ from pretrain.training.engine import World, autocast, build_engine, take_step
 from pretrain.training.manifest import write_json
 from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.optim import schedule_factor
+from pretrain.training.plan import train_flops_per_token
 from pretrain.training.profiling import StepProfiler
 from pretrain.training.random_state import preserved_random_state
 
+AnyBatch = Batch | EncoderDecoderBatch
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
@@ -48,8 +50,8 @@ class Trainer:
 
     Args:
         config: of the run.
-        model: offers the `LanguageModel` interface; fp32.
-        loader: this rank's batches by step.
+        model: what `build_model` gives; fp32.
+        loader: this rank's batches by step, of the kind that the model takes.
         world: from `start_process_group`.
         facts: about the corpus.
         evaluate: in-training evaluation, called on all ranks, returns scalars by name.
@@ -71,7 +73,7 @@ class Trainer:
         self.config, self.loader, self.world, self.facts = config, loader, world, facts
         self.evaluate = evaluate
         self.grad_accum_steps = config.grad_accum_steps(world.size)
-        self.train_flops = 3 * sum(model.flops_per_token(config.train.seq_len).values())  # type: ignore[operator]
+        self.train_flops = train_flops_per_token(model, config.train.seq_len, facts.target_length)
         self.saver = CheckpointSaver(config, model, world, facts.tokenizer)
         plan = plan_resume(config, model, world, facts.tokenizer)
         if plan is not None:
@@ -87,6 +89,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.stop_requested = False
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self.groups: dict[str, Tensor] = {}  # NLL and count of targets reported apart
         self.window_steps = 0
         self.stopwatch = metrics.Stopwatch()
         self.profiler = StepProfiler(config, world, self.step)
@@ -105,7 +108,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        """Tokens seen, padding included."""
+        """Tokens seen, padding included; of an encoder-decoder the encoder's."""
         return self.step * self.config.train.global_batch_tokens
 
     def fit(self) -> bool:
@@ -163,7 +166,7 @@ class Trainer:
             )
         return True
 
-    def _train_step(self, micro_batches: list[Batch]) -> tuple[Tensor | float, bool]:
+    def _train_step(self, micro_batches: list[AnyBatch]) -> tuple[Tensor | float, bool]:
         """One optimizer step.
 
         Returns:
@@ -180,18 +183,16 @@ class Trainer:
         scale = self.world.size * self.grad_accum_steps / counts[0].clamp(min=1)
         statistics: dict[str, Tensor] = {}
         for slot, batch in enumerate(micro_batches):
-            output = engine(
-                batch.tokens[:, :-1],
-                self.carried[slot] if config.train.carry_state else None,
-                resets=batch.resets,
-                targets=batch.tokens[:, 1:],
-                loss_mask=batch.loss_mask,
-            )
+            state = self.carried[slot] if config.train.carry_state else None
+            output = engine(state=state, **batch.model_inputs())
             losses = [value for name, value in output.aux.items() if name.endswith("_loss")]
             auxiliary = torch.stack(losses).sum() if losses else torch.zeros_like(output.loss_sum)
             engine.backward((output.loss_sum + auxiliary) * scale)
             self.window[0] += output.loss_sum.detach()
             self.window[1] += auxiliary.detach()
+            for name, counted in batch.target_groups().items():
+                found = torch.stack([(output.nll * counted).sum(), counted.sum()])
+                self.groups[name] = self.groups.get(name, 0) + found.double()
             for name, value in output.aux.items():
                 if not name.endswith("_loss"):
                     statistics[name] = statistics.get(name, 0) + value.detach()
@@ -240,6 +241,7 @@ class Trainer:
         nll, auxiliary, valid = self.window.tolist()
         steps, self.window_steps = self.window_steps, 0
         self.window.zero_()
+        groups = {name: _mean_of_ranks(self.groups.pop(name)) for name in sorted(self.groups)}
         seconds, waited = self.stopwatch.read()
         if self.log is None:
             return
@@ -247,7 +249,8 @@ class Trainer:
         rate = steps * config.train.global_batch_tokens / seconds
         values = {
             "loss": loss,
-            "bits_per_byte": metrics.bits_per_byte(loss, self.facts.bytes_per_token),
+            **{f"loss/{name}": value for name, value in groups.items()},
+            **metrics.bits_per_byte_of(loss, self.facts.bytes_per_token),
             "grad_norm": float(grad_norm),
             "skipped_steps": float(self.engine.skipped_steps),
             **metrics.speed(rate, self.world.size, self.train_flops, self.world.device),
@@ -323,5 +326,11 @@ class Trainer:
         self.stop_requested = True
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*map_state(lambda part: part.to(device, non_blocking=True), batch))
+def _to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    return map_state(lambda part: part.to(device, non_blocking=True), batch)
+
+
+def _mean_of_ranks(sum_and_count: Tensor) -> float:
+    dist.all_reduce(sum_and_count)
+    total, count = sum_and_count.tolist()
+    return total / max(1.0, count)
