@@ -164,7 +164,9 @@ class DenoisingLoader:
             )
             keys = row_keys(self._seed, step, rows)
             n_tokens = (doc_id >= 0).sum(1)
-            out.append(self._corrupter.batch(tokens, n_tokens, order[:, turn], keys))
+            batch = self._corrupter.batch(tokens, n_tokens, order[:, turn], keys)
+            is_full = batch.encoder_mask is not None and bool(batch.encoder_mask.all())
+            out.append(batch._replace(encoder_mask=None) if is_full else batch)
             first += len(tokens)
         return out
 

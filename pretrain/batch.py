@@ -47,7 +47,8 @@ class EncoderDecoderBatch(NamedTuple):
 
     Attributes:
         encoder_tokens: (B, S) int64, closed by EOS, PAD behind it.
-        encoder_mask: (B, S) bool, True where a token stands, False on PAD.
+        encoder_mask: (B, S) bool, True where a token stands, False on PAD. None when there is no
+            PAD, which attention without a mask is faster for: all but an epoch's last window.
         decoder_tokens: (B, T + 1) int64. `[:, :-1]` is the decoder's input, which starts with PAD
             as T5's does; `[:, 1:]` are the targets, closed by EOS, PAD behind it.
         loss_mask: (B, T) bool, True where the target counts.
@@ -56,7 +57,7 @@ class EncoderDecoderBatch(NamedTuple):
     """
 
     encoder_tokens: Tensor
-    encoder_mask: Tensor
+    encoder_mask: Tensor | None
     decoder_tokens: Tensor
     loss_mask: Tensor
     sentinel_mask: Tensor

@@ -42,7 +42,15 @@ def loader_of(corpus: Corpus, objective: str, **changes) -> DenoisingLoader:
 
 
 def joined(micro_batches: list[EncoderDecoderBatch]) -> EncoderDecoderBatch:
-    return EncoderDecoderBatch(*map(torch.cat, zip(*micro_batches, strict=True)))
+    batches = [batch._replace(encoder_mask=mask_of(batch)) for batch in micro_batches]
+    return EncoderDecoderBatch(*map(torch.cat, zip(*batches, strict=True)))
+
+
+def mask_of(batch: EncoderDecoderBatch) -> torch.Tensor:
+    """Where it is left out, no row has PAD."""
+    if batch.encoder_mask is None:
+        return torch.ones_like(batch.encoder_tokens, dtype=torch.bool)
+    return batch.encoder_mask
 
 
 def assert_equal(one: EncoderDecoderBatch, other: EncoderDecoderBatch) -> None:
@@ -119,13 +127,15 @@ def test_masks_say_what_the_tokens_are(corpus: Corpus, objective: str) -> None:
     for step in islice(loader_of(corpus, objective).steps(0), 20):
         (batch,) = step
         target_length = batch.loss_mask.shape[1]
-        assert batch.encoder_tokens.shape == batch.encoder_mask.shape == (G, S)
+        encoder_mask = mask_of(batch)
+        assert (batch.encoder_mask is None) == bool(encoder_mask.all())
+        assert batch.encoder_tokens.shape == encoder_mask.shape == (G, S)
         assert batch.decoder_tokens.shape == (G, target_length + 1)
         assert batch.encoder_tokens.dtype == batch.decoder_tokens.dtype == torch.int64
         assert (batch.decoder_tokens[:, 0] == PAD_ID).all(), "T5's decoder starts with PAD"
         targets = batch.decoder_tokens[:, 1:]
         for mask, tokens in (
-            (batch.encoder_mask, batch.encoder_tokens),
+            (encoder_mask, batch.encoder_tokens),
             (batch.loss_mask, targets),
         ):
             assert torch.equal(mask, tokens != PAD_ID)
@@ -134,8 +144,8 @@ def test_masks_say_what_the_tokens_are(corpus: Corpus, objective: str) -> None:
             rows = lengths > 0
             assert (tokens[rows, lengths[rows] - 1] == EOS_ID).all()
         assert torch.equal(batch.sentinel_mask, targets >= sentinels.first)
-        assert (batch.encoder_mask.sum(1) > 0).all(), "attention over nothing is not a number"
-        full += int(batch.encoder_mask.all(1).sum())
+        assert (encoder_mask.sum(1) > 0).all(), "attention over nothing is not a number"
+        full += int(encoder_mask.all(1).sum())
     assert full >= 0.9 * 20 * G, "only the last window of an epoch leaves an input unfilled"
 
 

@@ -87,6 +87,7 @@ def test_compare_has_five_rows_of_three_seeds_that_differ_in_the_seed_alone() ->
 def test_rows_has_every_tiny_model_at_three_rates_and_trains_each_as_it_can_be() -> None:
     runs = sweep.expand(["sweep=rows"])
     models = {path.stem for path in (CONFIG_DIR / "model").glob("*_tiny.yaml")}
+    models = {name for name in models if not name.endswith("t5_tiny")}  # of another objective
     configs = [run.config for run in runs]
     assert len(runs) == len({run.run_dir for run in runs}) == len(models) * 3
     assert {config.name.split("_learning_rate")[0] for config in configs} == models

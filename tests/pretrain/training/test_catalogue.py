@@ -9,6 +9,7 @@ from pretrain.models import LanguageModelConfig, LayersConfig
 from pretrain.training.catalogue import Entry, catalogue, describe_catalogue, short_layers
 
 ROWS = {*mixers.names(), "masformer", "spade_control"}
+ENCODER_DECODERS = {"local_t5", "spade_t5", "t5"}
 PAPERS = {
     "block_recurrent_paper_200m",
     "bst_paper_200m",
@@ -48,15 +49,29 @@ def test_rivals_have_equal_sizes_batches_and_learning_rates(
     assert rates == {learning_rate}
 
 
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_encoder_decoders_differ_in_the_encoders_mixers_alone(
+    size: str, shipped: dict[str, Entry]
+) -> None:
+    parameters = [shipped[f"{row}_{size}"].parameters for row in ENCODER_DECODERS]
+    assert max(parameters) <= 1.005 * min(parameters), parameters
+    configs = [load_config([f"model={row}_{size}"]) for row in ENCODER_DECODERS]
+    for config in configs:
+        config.model.encoder.layers = config.model.encoder.mixers = config.model.d_ff = None
+    assert configs[0] == configs[1] == configs[2]
+    assert configs[0].objective == "span"
+
+
 def test_there_is_no_other_model(shipped: dict[str, Entry]) -> None:
     """A row, size or paper's setting that is in no table here would be held to nothing."""
     rows = {f"{row}_{size}" for row in ROWS for size in SIZES}
+    rows |= {f"{row}_{size}" for row in ENCODER_DECODERS for size in ("tiny", "base")}
     assert set(shipped) == rows | PAPERS | {"bst_quickstart", "swa_quickstart"}
 
 
 def test_rows_with_full_attention_alone_have_a_growing_state(shipped: dict[str, Entry]) -> None:
     growing = {name.rsplit("_", 1)[0] for name, e in shipped.items() if not e.constant_state}
-    assert growing == {"attention", "masformer"}
+    assert growing == {"attention", "masformer"} | ENCODER_DECODERS
 
 
 @pytest.mark.parametrize(
@@ -70,6 +85,11 @@ def test_rows_with_full_attention_alone_have_a_growing_state(shipped: dict[str, 
 )
 def test_layers_are_told_in_short(layers: LayersConfig, text: str) -> None:
     assert short_layers(LanguageModelConfig(n_layers=6, layers=layers)) == text
+
+
+def test_an_encoders_layers_are_told_first() -> None:
+    config = load_config(["model=spade_t5_base"]).model
+    assert short_layers(config) == "spade, 11 swa -> 12 attention"
 
 
 def test_dry_run_without_a_model_lists_the_models(
