@@ -104,8 +104,12 @@ def losses(run: Path) -> list[list[float]]:
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each stage as a whole, and stages 1 and 3 killed behind step 4 and started again."""
     folder = tmp_path_factory.mktemp("runs")
-    runs: list[tuple[str, int, int | None]] = [(f"whole{stage}", stage, None) for stage in STAGES]
-    runs += [(f"cut{stage}", stage, end) for stage in (1, 3) for end in (4, None)]
+    runs: list[tuple[str, int, int | None]] = []
+    # Stage 3 is last: DeepSpeed leaves another F.linear behind it, whose sums round otherwise.
+    for stage in STAGES:
+        runs.append((f"whole{stage}", stage, None))
+        if stage in (1, 3):
+            runs += [(f"cut{stage}", stage, 4), (f"cut{stage}", stage, None)]
     train(corpus, folder, runs, world=1)
     return folder
 

@@ -133,3 +133,13 @@ def test_console_line_names_everything_and_prints_mfu_only_where_the_peak_is_kno
 def test_numbers_for_people() -> None:
     assert [short(n) for n in (12, 1234567, 4.2e9)] == ["12", "1.23M", "4.2B"]
     assert [duration(s) for s in (59.6, 61, 3725)] == ["1m00s", "1m01s", "1h02m"]
+
+
+def test_console_line_of_a_denoising_objective_has_its_two_losses_and_no_bits_per_byte() -> None:
+    values = dict.fromkeys(
+        ("grad_norm", "lr", "tokens_per_second", "memory_gib", "data_fraction", "eta_seconds"), 1.0
+    )
+    values |= {"skipped_steps": 0.0, "loss": 3.0, "loss/other": 4.0, "loss/sentinel": 0.5}
+    line = console_line(1, 2, 10, values)
+    assert "loss 3.0000  sentinel 0.5000  other 4.0000  gnorm" in line
+    assert metrics.bits_per_byte_of(3.0, None) == {}
