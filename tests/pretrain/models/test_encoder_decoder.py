@@ -256,3 +256,27 @@ def test_an_input_is_given_once() -> None:
     for arguments in ({}, {"encoder_tokens": encoder_tokens, "state": model.start(encoder_tokens)}):
         with pytest.raises(ValueError, match="either encoder_tokens"):
             model(tokens, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", ["attention", "longvq", "spade", "swa"])
+def test_a_gpu_computes_the_same(name: str, padded: bool) -> None:
+    """Other kernels run there: fused attention with and without a mask, chunked scans."""
+    model, (encoder_tokens, mask, tokens) = model_of(name), batch()
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        model = model.to(device, dtype)
+        model.zero_grad()
+        loss = model(
+            tokens[:, :-1].to(device),
+            encoder_tokens=encoder_tokens.to(device),
+            encoder_mask=mask.to(device) if padded else None,
+            targets=tokens[:, 1:].to(device),
+        ).loss_sum
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((loss.item(), torch.cat(gradients).double().cpu()))
+    (want, want_gradients), (got, gradients) = found
+    assert got == pytest.approx(want, rel=1e-4)  # fp32
+    assert (gradients - want_gradients).norm() < 1e-3 * want_gradients.norm()
