@@ -6,6 +6,7 @@
 `abandon_at` is a step before which the process forgets a run, as a kill would; null: none.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -42,10 +43,8 @@ def main(spec: str) -> int:
         trainer = set_up(arguments)
         assert trainer is not None
         trainer.loader.steps = until(trainer.loader.steps, abandon_at)  # type: ignore[method-assign]
-        try:
+        with contextlib.suppress(Abandoned):
             trainer.fit()
-        except Abandoned:
-            pass
         trainer.engine.destroy()
     return 0
 
