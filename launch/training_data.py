@@ -20,10 +20,10 @@ from data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
 from pretrain.batch import EncoderDecoderBatch, StepLoader
 from pretrain.config import RunConfig
 from pretrain.training.checkpoint import on_main
+from pretrain.training.denoising_validation import DenoisingValidation
 from pretrain.training.engine import World
 from pretrain.training.metrics import CorpusFacts
 from pretrain.training.trainer import Evaluate
-from pretrain.training.denoising_validation import DenoisingValidation
 from pretrain.training.validation import Validation
 
 ValidationSet = tuple[list[torch.Tensor], int, float]

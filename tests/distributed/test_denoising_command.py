@@ -120,7 +120,7 @@ def test_killed_and_resumed_is_bit_identical(trained: Path, stage: int) -> None:
     cut, whole = trained / f"cut{stage}", trained / f"whole{stage}"
     assert "resumed from" in (cut / "train.log").read_text()
     assert losses(cut) == losses(whole)
-    for key in ("validation/loss", "validation/loss/sentinel", "validation/loss/other"):
+    for key in ("val/loss", "val/loss/sentinel", "val/loss/other"):
         assert rows_of(cut, key)[-1][key] == rows_of(whole, key)[-1][key]
 
 
@@ -158,7 +158,7 @@ def test_two_ranks_train_and_validate_like_one(corpus: Path, trained: Path, tmp_
             losses(tmp_path / f"two{stage}"), losses(trained / "whole0"), strict=True
         ):
             assert row == pytest.approx(reference, rel=SAME)
-        key = "validation/loss/other"
+        key = "val/loss/other"
         (found,), (want,) = (
             rows_of(run, key) for run in (tmp_path / f"two{stage}", trained / "whole0")
         )

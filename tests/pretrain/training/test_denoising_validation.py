@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pretrain.batch import EncoderDecoderBatch
 from pretrain.training import denoising_validation
-from pretrain.training.engine import World
 from pretrain.training.denoising_validation import DenoisingValidation
+from pretrain.training.engine import World
 
 N, T = 7, 3
 
