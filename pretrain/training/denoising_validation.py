@@ -6,12 +6,12 @@ would leave the others waiting.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.batch import EncoderDecoderBatch
 from pretrain.mixers.base import index_state, map_state
 from pretrain.training.engine import World
+from pretrain.training.metrics import means_over_ranks
 
 
 class DenoisingValidation:
@@ -39,12 +39,8 @@ class DenoisingValidation:
         totals: dict[str, Tensor] = {}
         for batch in self.micro_batches:
             nll = model(**batch.model_inputs()).nll.double()
-            for name, counted in {"loss": batch.loss_mask, **batch.target_groups()}.items():
+            groups = {f"val/loss/{name}": group for name, group in batch.target_groups().items()}
+            for name, counted in {"val/loss": batch.loss_mask, **groups}.items():
                 found = torch.stack([(nll * counted).sum(), counted.sum().double()])
                 totals[name] = totals.get(name, 0) + found
-        values = {}
-        for name in sorted(totals):
-            dist.all_reduce(totals[name])
-            nats, count = totals[name].tolist()
-            values["val/loss" if name == "loss" else f"val/loss/{name}"] = nats / max(1.0, count)
-        return values
+        return means_over_ranks(totals)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.training.manifest import replace_text
@@ -56,6 +57,24 @@ def bits_per_byte_of(loss: float, bytes_per_token: float | None) -> dict[str, fl
     if bytes_per_token is None:
         return {}
     return {"bits_per_byte": bits_per_byte(loss, bytes_per_token)}
+
+
+def means_over_ranks(sums_and_counts: dict[str, Tensor]) -> dict[str, float]:
+    """Means of all ranks' terms together, by name; called by all ranks with the same names.
+
+    Args:
+        sums_and_counts: (2,) float64 each: the sum of this rank's terms, and how many they are.
+
+    Returns:
+        No mean of what no rank has any of, as gap sentences have no sentinels to write.
+    """
+    means = {}
+    for name in sorted(sums_and_counts):
+        dist.all_reduce(sums_and_counts[name])
+        total, count = sums_and_counts[name].tolist()
+        if count:
+            means[name] = total / count
+    return means
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -241,7 +241,7 @@ class Trainer:
         nll, auxiliary, valid = self.window.tolist()
         steps, self.window_steps = self.window_steps, 0
         self.window.zero_()
-        groups = {name: _mean_of_ranks(self.groups.pop(name)) for name in sorted(self.groups)}
+        groups, self.groups = metrics.means_over_ranks(self.groups), {}
         seconds, waited = self.stopwatch.read()
         if self.log is None:
             return
@@ -249,7 +249,7 @@ class Trainer:
         rate = steps * config.train.global_batch_tokens / seconds
         values = {
             "loss": loss,
-            **{f"loss/{name}": value for name, value in groups.items()},
+            **{f"loss/{name}": mean for name, mean in groups.items()},
             **metrics.bits_per_byte_of(loss, self.facts.bytes_per_token),
             "grad_norm": float(grad_norm),
             "skipped_steps": float(self.engine.skipped_steps),
@@ -328,9 +328,3 @@ class Trainer:
 
 def _to_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
     return map_state(lambda part: part.to(device, non_blocking=True), batch)
-
-
-def _mean_of_ranks(sum_and_count: Tensor) -> float:
-    dist.all_reduce(sum_and_count)
-    total, count = sum_and_count.tolist()
-    return total / max(1.0, count)

@@ -33,8 +33,8 @@ model:
 objective: ul2
 data: {mode: windows}
 """
-STEPS, ROWS, S = 6, 4, 64
-STAGES = (0, 1, 2, 3)
+STEPS, ROWS, S = 4, 4, 64
+STAGES = (0, 1, 3)
 SAME = 1e-5  # fp32 sums in another order
 GROUPS = ("loss", "loss/sentinel", "loss/other")
 
@@ -69,7 +69,7 @@ def arguments(corpus: Path, folder: Path, name: str, stage: int, world_size: int
         f"zero.stage={stage}",
         # Partition even the smallest parameters, or ZeRO-3 keeps this whole model whole.
         "zero.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",
-        f"checkpoint.every_tokens={3 * ROWS * S}",
+        f"checkpoint.every_tokens={2 * ROWS * S}",
         "eval.documents=2",
         f"eval.tokens_per_document={3 * S}",
         "logging.every_steps=1",
@@ -102,14 +102,14 @@ def losses(run: Path) -> list[list[float]]:
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each stage as a whole, and stages 1 and 3 killed behind step 4 and started again."""
+    """Each stage as a whole, and stages 1 and 3 killed behind step 3 and started again."""
     folder = tmp_path_factory.mktemp("runs")
     runs: list[tuple[str, int, int | None]] = []
     # Stage 3 is last: DeepSpeed leaves another F.linear behind it, whose sums round otherwise.
     for stage in STAGES:
         runs.append((f"whole{stage}", stage, None))
         if stage in (1, 3):
-            runs += [(f"cut{stage}", stage, 4), (f"cut{stage}", stage, None)]
+            runs += [(f"cut{stage}", stage, 3), (f"cut{stage}", stage, None)]
     train(corpus, folder, runs, world=1)
     return folder
 
@@ -152,8 +152,9 @@ def test_the_trained_model_is_loaded_and_is_no_language_model(trained: Path) -> 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_ranks_train_and_validate_like_one(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    train(corpus, tmp_path, [(f"two{stage}", stage, None) for stage in STAGES], world=2)
-    for stage in STAGES:
+    stages = (0, 1, 2, 3)
+    train(corpus, tmp_path, [(f"two{stage}", stage, None) for stage in stages], world=2)
+    for stage in stages:
         for row, reference in zip(
             losses(tmp_path / f"two{stage}"), losses(trained / "whole0"), strict=True
         ):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import EncoderDecoderBatch
-from pretrain.training import denoising_validation
+from pretrain.training import metrics
 from pretrain.training.denoising_validation import DenoisingValidation
 from pretrain.training.engine import World
 
@@ -43,7 +43,7 @@ def test_all_ranks_together_ask_every_row_once_in_equally_many_forwards(
     world_size: int, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sums: list[Tensor] = []
-    monkeypatch.setattr(denoising_validation.dist, "all_reduce", lambda x: sums.append(x.clone()))
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda x: sums.append(x.clone()))
     totals, calls = torch.zeros(3, 2, dtype=torch.float64), set()
     for rank in range(world_size):
         model = Model()

@@ -143,3 +143,9 @@ def test_console_line_of_a_denoising_objective_has_its_two_losses_and_no_bits_pe
     line = console_line(1, 2, 10, values)
     assert "loss 3.0000  sentinel 0.5000  other 4.0000  gnorm" in line
     assert metrics.bits_per_byte_of(3.0, None) == {}
+
+
+def test_nothing_has_no_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda x: x.mul_(2))  # of two equal ranks
+    sums = {"some": torch.tensor([3.0, 2.0]), "none": torch.zeros(2)}
+    assert metrics.means_over_ranks(sums) == {"some": 1.5}
