@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from launch.denoising_data import read_denoising, target_length
 from launch.training_data import (
     describe_prepared,
     open_prepared,
     open_tokenizer,
     read_prepared,
     read_stream,
-    target_length,
 )
 from pretrain.config import (
     RunConfig,
@@ -96,7 +96,10 @@ def set_up(arguments: list[str]) -> Trainer | None:
     data = None
     if mixture is not None:
         place = {"rank": rank, "world_size": world_size}
-        data = read_prepared(config, mixture, reset_grid=model.reset_grid, **place)
+        if config.objective == "causal":
+            data = read_prepared(config, mixture, reset_grid=model.reset_grid, **place)
+        else:
+            data = read_denoising(config, mixture.corpora[0], **place)
     check_room(config.run_dir / "checkpoints", checkpoint_bytes(model))
     saved_config = config.run_dir / "config.yaml"
     before = load_saved_config(saved_config) if saved_config.exists() else None

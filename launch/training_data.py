@@ -7,20 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data.denoising_loader import build_denoising_loader, corruptions_of, evaluation_batches
 from data.loader import build_loader, start_id
 from data.mixture import Mixture, Phase
 from data.shards import Corpus
 from data.stream import Position, StreamLoader, StreamSource, stream_problems
 from data.stream_source import first_documents, resolve
 from data.tee import Tee
-from data.tokenizer import BytesTokenizer, Tokenizer, load_tokenizer
-from pretrain.batch import EncoderDecoderBatch, StepLoader
+from data.tokenizer import Tokenizer, load_tokenizer
+from pretrain.batch import StepLoader
 from pretrain.config import RunConfig
 from pretrain.training.checkpoint import on_main
-from pretrain.training.denoising_validation import DenoisingValidation
 from pretrain.training.engine import World
 from pretrain.training.metrics import CorpusFacts
 from pretrain.training.trainer import Evaluate
@@ -72,9 +69,7 @@ def open_prepared(config: RunConfig) -> Mixture:
 def read_prepared(
     config: RunConfig, mixture: Mixture, *, reset_grid: int, rank: int, world_size: int
 ) -> TrainingData:
-    """Prepared corpora in the order of `data.mode`; for encoder-decoders one, damaged."""
-    if config.objective != "causal":
-        return _read_denoising(config, mixture.corpora[0], rank, world_size)
+    """Prepared corpora in the order of `data.mode`."""
     loader = build_loader(
         mixture,
         mode=config.data.mode,
@@ -93,84 +88,6 @@ def read_prepared(
     documents = open_validation(config)
     validation = partial(Validation, *documents) if documents else None
     return TrainingData(loader, facts, validation, describe_prepared(mixture))
-
-
-def target_length(config: RunConfig) -> int:
-    """Tokens of a row's targets; 0 where they are the input's next tokens.
-
-    Raises:
-        ValueError: train.seq_len is too short to be damaged.
-    """
-    if config.objective == "causal":
-        return 0
-    corruptions = corruptions_of(config.objective, BytesTokenizer(1))  # lengths ask no tokenizer
-    try:
-        return max(corruption.target_length(config.train.seq_len) for corruption in corruptions)
-    except ValueError as error:
-        raise ValueError(
-            f"train.seq_len={config.train.seq_len}, objective={config.objective}: {error}"
-        ) from error
-
-
-def _read_denoising(config: RunConfig, corpus: Corpus, rank: int, world_size: int) -> TrainingData:
-    loader = build_denoising_loader(
-        corpus,
-        objective=config.objective,
-        encoder_length=config.train.seq_len,
-        global_batch_size=config.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=config.seed,
-        prefetch_steps=config.data.prefetch_steps,
-    )
-    targets = target_length(config)
-    facts = CorpusFacts(None, corpus.tokenizer.sha256, targets)
-    validation = None
-    if config.eval.documents:
-        rows = open_denoising_validation(config)
-        validation = partial(DenoisingValidation, rows, config.train.micro_batch_size)
-    described = f"{describe_prepared(Mixture.of(corpus))}\n"
-    described += (
-        f"objective {config.objective}: {config.train.seq_len:,} tokens read, up to {targets:,} "
-        f"written"
-    )
-    return TrainingData(loader, facts, validation, described)
-
-
-def open_denoising_validation(config: RunConfig) -> EncoderDecoderBatch:
-    """The first documents of the validation split, damaged in each of the objective's ways.
-
-    Of each document about `eval.tokens_per_document` tokens, in whole inputs.
-
-    Raises:
-        ValueError: the split has no documents.
-    """
-    corpus, length = Corpus.open(config.data.path, config.data.val_split), config.train.seq_len
-    _check_not_empty(config, corpus)
-    batches = [
-        batch
-        for corruption in corruptions_of(config.objective, corpus.tokenizer)
-        for _, batch in evaluation_batches(
-            corpus,
-            corruption,
-            length,
-            config.train.micro_batch_size,
-            max_documents=config.eval.documents,
-            max_chunks=-(-config.eval.tokens_per_document // corruption.source_length(length)),
-        )
-    ]
-    width = max(batch.loss_mask.shape[1] for batch in batches)
-    return EncoderDecoderBatch(
-        *map(torch.cat, zip(*(_widened(batch, width) for batch in batches), strict=True))
-    )
-
-
-def _widened(batch: EncoderDecoderBatch, target_length: int) -> EncoderDecoderBatch:
-    """Room for `target_length` targets, filled with PAD, which is 0 like False."""
-    more = (0, target_length - batch.loss_mask.shape[1])
-    parts = ("decoder_tokens", "loss_mask", "sentinel_mask")
-    return batch._replace(**{part: F.pad(getattr(batch, part), more) for part in parts})
 
 
 def describe_prepared(mixture: Mixture) -> str:
@@ -210,7 +127,7 @@ def open_validation(config: RunConfig) -> ValidationSet | None:
     if config.eval.documents == 0:
         return None
     corpus = Corpus.open(config.data.path, config.data.val_split)
-    _check_not_empty(config, corpus)
+    check_not_empty(config, corpus)
     chosen = np.flatnonzero(corpus.doc_lengths >= length)[: config.eval.documents]
     if len(chosen) == 0:
         raise ValueError(
@@ -222,7 +139,8 @@ def open_validation(config: RunConfig) -> ValidationSet | None:
     return _validation_set(config, documents, corpus.tokenizer)
 
 
-def _check_not_empty(config: RunConfig, corpus: Corpus) -> None:
+def check_not_empty(config: RunConfig, corpus: Corpus) -> None:
+    """Raises ValueError when the validation split has no documents."""
     if corpus.n_documents == 0:
         raise ValueError(
             f"data.val_split={config.data.val_split}: {corpus.path} has no documents in it; choose "

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.denoising_loader import corruptions_of
 from data.prepare import PrepareConfig, prepare
-from data.tokenizer import PAD_ID
+from data.tokenizer import PAD_ID, BytesTokenizer
 from launch import train
-from launch.training_data import open_denoising_validation, target_length
+from launch.denoising_data import open_denoising_validation, target_length
+from launch.prepare import load_prepare_config
 from pretrain.config import load_config
 
 
@@ -71,6 +73,17 @@ def test_a_mixtures_validation_has_each_denoiser_and_room_for_the_longest_target
     assert rows.loss_mask.shape[1] == target_length(config)
     assert len(set(rows.loss_mask.sum(1).tolist())) > 2
     assert torch.equal(rows.loss_mask, rows.decoder_tokens[:, 1:] != PAD_ID)
+
+
+@pytest.mark.parametrize("objective", ["span", "ul2", "gap"])
+def test_the_bundled_books_have_sentinels_for_every_objective_of_the_quick_run(
+    objective: str,
+) -> None:
+    config = load_config(["experiment=denoise_tiny", f"objective={objective}"])
+    stock = load_prepare_config(["data=books_denoising"])
+    tokenizer = BytesTokenizer(stock.n_sentinels)  # how many are needed asks no tokenizer
+    needed = [c.n_sentinels(config.train.seq_len) for c in corruptions_of(objective, tokenizer)]
+    assert max(needed) <= stock.n_sentinels
 
 
 BAD_INPUT = {
