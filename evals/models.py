@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals.score import state_dict_sha256
+from pretrain.mixers.longvq import Codebook
 from pretrain.models import LanguageModel
 
 HEAD_CHUNK_TOKENS = 512
@@ -39,6 +40,7 @@ class LanguageModelScorer:
         self.vocab_size = model.config.vocab_size
         self.reset_grid = model.reset_grid
         self.constant_state = model.constant_state
+        self.quantisers = [part for part in model.modules() if isinstance(part, Codebook)]
 
     def nll(self, tokens: Tensor, state: Any = None, *, score_from: int = 0) -> tuple[Tensor, Any]:
         with torch.autocast(

@@ -84,6 +84,11 @@ class Codebook(nn.Module):
         self.register_buffer("born", born)  # the update that last restarted the code
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
+    def forward(self, k: Tensor) -> Tensor:
+        """The nearest code of each key, (B, T, H, K) -> (B, T, H) int64; a call of its own, so that
+        evaluation can hook into it (evals/held_codes.py)."""
+        return nearest_codes(k, self.codebook)
+
     def statistics(self, k: Tensor, codes: Tensor, counted: Tensor | None) -> dict[str, Tensor]:
         """What an update needs, in fp64: sums over ranks then do not depend on their order.
 
@@ -275,7 +280,7 @@ class LongVQ(TokenMixer):
         q = prepare_heads(q, normalize=True, scale=self.qk_scale)
         k = prepare_heads(k, normalize=True)
         book = self.codes.codebook
-        code = nearest_codes(k, book)
+        code = self.codes(k)
         aux = self._report(k, code, counted) if self.training else {}
         if not self.causal:
             o = self._attend_both_sides(q, k, code, v, padding)
