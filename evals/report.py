@@ -402,7 +402,11 @@ def gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
             state = "passed" if all(gate["passed"] for gate in group) else "FAILED"
             value, bound = f"{worst['value']:.2g}", f"{worst['bound']:.2g}"
             rows.append([run.name, name, state, value, bound, where])
-    note = "Checked before and after scoring; a failed gate means that no report is written."
+    note = (
+        "Checked before and after scoring; a failed gate means that no report is written. Models "
+        "that round to codes are compared with their codes held; flips are codes that rounding "
+        "decides, of keys as near to one code as to another."
+    )
     return note, ["run", "gate", "state", "value", "bound", "where"], rows
 
 

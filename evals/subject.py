@@ -76,6 +76,7 @@ def open_subject(arguments: SubjectArguments) -> Subject:
         ValueError: a word is missing or wrong, or the data does not fit the model.
         CheckpointError: the checkpoint is missing or damaged.
     """
+    _full_fp32()
     if arguments.hf:
         return _open_hf(arguments)
     if not arguments.run:
@@ -177,6 +178,13 @@ def _detokenized(documents: EvalDocuments, tokenizer: Tokenizer, corpus: str) ->
     if corpus not in ("", "wikitext"):
         raise ValueError(f"detokenize={corpus}: use detokenize=wikitext, or leave it out")
     return wikitext.detokenized(documents, tokenizer.encode) if corpus else documents
+
+
+def _full_fp32() -> None:
+    """Products of fp32 without TF32, whatever the container set: its 10 bits of mantissa round by
+    more than the gates' bounds for fp32, and by more than a quantiser's codes lie apart."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _device(name: str) -> torch.device:

@@ -79,6 +79,7 @@ def test_evaluating_and_rebuilding_print_the_pages_path_last(run, capsys, monkey
     result = json.loads((folder / "result.json").read_text())
     assert [m["context"] for m in result["metrics"] if m["name"] == "bpb"][:4] == [16, 32, 64, 128]
     assert result["tokenizer"]["lossless"]
+    assert result["env"]["float32_matmul_precision"] == "highest"
     assert result["command"].startswith("launch/evaluate.py run=")
     assert result["data"]["n_bytes"] + 4 == result["data"]["n_tokens"], "bytes, and EOS four times"
 
@@ -88,6 +89,15 @@ def test_evaluating_and_rebuilding_print_the_pages_path_last(run, capsys, monkey
         assert evaluate.main(["rebuild", f"run={run}"]) == 0
     assert capsys.readouterr().out.splitlines() == lines
     assert json.loads((folder / "result.json").read_text()) == result
+
+
+def test_fp32_is_not_tf32_whatever_was_set_before(run, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    subject.open_subject(subject.SubjectArguments(run=str(run), device="cpu"))
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_windows_slide_by_the_stride_of_the_command_line(run, capsys):
