@@ -55,7 +55,11 @@ def nearest_codes(k: Tensor, codebook: Tensor) -> Tensor:
     with no_autocast(k), torch.no_grad():
         dtype = wide_dtype(k, codebook)
         book = codebook.to(dtype)
-        dots = torch.einsum("bthk,hsk->bths", k.to(dtype), book)
+        # Trained keys and codes crowd together. Scores taken from the origin differ in their last
+        # digits only, where rounding decides; taken from among the codes they do not.
+        centre = book.mean(1)  # (H, K)
+        k, book = k.to(dtype) - centre, book - centre.unsqueeze(1)
+        dots = torch.einsum("bthk,hsk->bths", k, book)
         return (dots - book.square().sum(-1) / 2).argmax(-1)
 
 

@@ -123,6 +123,18 @@ def test_codes_are_the_nearest_ones() -> None:
     assert torch.equal(nearest_codes(k, codebook), distance.argmin(-1))
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-3])
+def test_crowded_keys_get_their_nearest_code_in_fp32_too(spread: float) -> None:
+    """Trained keys lie as near to each other as 1e-2 of their length; from the origin, in fp32, 1 %
+    of the choices would be others at that spread, and half of them at a tenth of it."""
+    generator = torch.Generator().manual_seed(0)
+    middle = torch.nn.functional.normalize(torch.randn(HEADS, 64, generator=generator), dim=-1)
+    k = middle + spread * torch.randn(1, 2000, HEADS, 64, generator=generator) / 8
+    codebook = middle.unsqueeze(1) + spread * torch.randn(HEADS, 32, 64, generator=generator) / 8
+    exact = nearest_codes(k.double(), codebook.double())
+    assert torch.equal(nearest_codes(k, codebook), exact)
+
+
 def test_nothing_is_quadratic_in_time() -> None:
     """The largest tensor of a call grows linearly."""
     from torch.utils._python_dispatch import TorchDispatchMode
