@@ -15,7 +15,7 @@ The second keeps the first honest. A key hangs on inputs and on codes held in la
 honest forwards it differs by rounding only; what leaks into keys moves them, and many take another
 code at a *margin*: the key's distance to the plane halfway between both codes, over its length. By
 so much at least it has moved, since in the reference it lay on the plane's other side. In other
-words: forwards that pass differ where a key is within `TIES` of two codes, and nowhere else.
+words: forwards that pass differ where a key is within `TIES` of a tie, and nowhere else.
 
 Scoring holds nothing. Passes with batches of other shapes may flip codes too: noise of the model,
 in its losses as in its use, that no evaluation could take away.
@@ -36,7 +36,8 @@ from pretrain.ops.vq_attention import look_up
 
 TIES = {"fp32": 1e-4, "bf16": 0.01}
 """precision -> largest margin of a tie, a share of the key's length. From call to call keys move by
-1e-7 to 1e-5 in fp32, by a unit in the last place, 2^-8, or two in bf16."""
+1e-7 to 1e-5 in fp32, by a unit in the last place, 2^-8, or two in bf16; a leak into keys alone that
+moves them by less than this is not seen."""
 
 
 @runtime_checkable
@@ -157,6 +158,8 @@ class Reference:
 def tie_margins(k: Tensor, own: Tensor, held: Tensor, codebook: Tensor) -> Tensor:
     """How far keys lie from the planes halfway between two codes each, over their lengths.
 
+    At most how far the codes lie apart: two that training left in nearly one place are one.
+
     Args:
         k: (T, H, K).
         own: (T, H) int64, one code.
@@ -169,6 +172,7 @@ def tie_margins(k: Tensor, own: Tensor, held: Tensor, codebook: Tensor) -> Tenso
     k = k.double()
     one, other = (look_up(codes[None], codebook)[0].double() for codes in (own, held))
     gap = ((k - other).square().sum(-1) - (k - one).square().sum(-1)).abs()
-    apart = 2 * (one - other).norm(dim=-1) * k.norm(dim=-1)
-    margin = torch.nan_to_num(gap / apart.clamp(min=1e-30), nan=torch.inf)
+    apart = (one - other).norm(dim=-1)
+    margin = torch.minimum(gap / (2 * apart).clamp(min=1e-30), apart) / k.norm(dim=-1)
+    margin = torch.nan_to_num(margin, nan=torch.inf)
     return torch.where(own == held, 0.0, margin)

@@ -178,11 +178,12 @@ def test_only_the_documents_lane_and_positions_are_held() -> None:
 
 
 def test_a_tie_margin_is_the_distance_to_the_plane_between_two_codes() -> None:
-    codebook = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
-    k = torch.tensor([[[3.0, 3.0]], [[4.0, 3.0]], [[4.0, 3.0]], [[torch.nan, 0.0]]])
-    own = torch.tensor([[0], [0], [1], [0]])
-    held = torch.tensor([[1], [1], [2], [1]])
-    # From (4, 3) to the diagonal: 1 / sqrt 2; codes in one place are tied wherever the key is.
-    want = torch.tensor([[0.0], [0.5**0.5 / 5], [0.0], [torch.inf]], dtype=torch.float64)
-    torch.testing.assert_close(tie_margins(k, own, held, codebook), want)
-    assert (tie_margins(k[:3], own[:3], own[:3], codebook) == 0).all()
+    close = 2.0**-20
+    codebook = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0 + close]]])
+    k = torch.tensor([[[3.0, 3.0]], *([[[4.0, 3.0]]] * 3), [[torch.nan, 0.0]]])
+    own = torch.tensor([[0], [0], [1], [3], [0]])
+    held = torch.tensor([[1], [1], [2], [2], [1]])
+    # From (4, 3) to the diagonal: 1 / sqrt 2. Codes in one place are tied wherever the key is.
+    want = torch.tensor([0, 0.5**0.5 / 5, 0, close / 5, torch.inf], dtype=torch.float64)
+    torch.testing.assert_close(tie_margins(k, own, held, codebook)[:, 0], want, rtol=1e-9, atol=0)
+    assert (tie_margins(k, own, own, codebook) == 0).all()
