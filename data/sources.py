@@ -72,6 +72,7 @@ def find_files(
     location: str | list[str],
     patience: float = hub.PATIENCE_SECONDS,
     commits: dict[str, str] | None = None,
+    formats: tuple[str, ...] = FORMATS,
 ) -> list[tuple[str, str]]:
     """(name, path) of every file of a place, or of a list of places, sorted by name.
 
@@ -81,6 +82,7 @@ def find_files(
         location: files, folders, globs and hf:// addresses.
         patience: seconds to wait for a hub that is away.
         commits: what "OWNER/NAME@REVISION" was found to be; used, and added to.
+        formats: that the caller reads.
 
     Raises:
         ValueError: nothing is there, a file's format is not known, or the hub is away.
@@ -90,11 +92,11 @@ def find_files(
         place, part = _without_part(whole)
         if hub.is_remote(place):
             remote = hub.find(place, patience, commits)
-            known = [pair for pair in remote if _format(pair[1]) is not None]  # No README.
+            known = [pair for pair in remote if format_of(pair[1], formats) is not None]  # No README.
             if not known:
-                raise ValueError(f"data: {place!r} has no file of {', '.join(FORMATS)}")
+                raise ValueError(f"data: {place!r} has no file of {', '.join(formats)}")
             for name, path in known:
-                _add(found, name + part, path + part)
+                _add(found, name + part, path + part, formats)
             continue
         if os.path.isdir(place):
             root = place
@@ -102,7 +104,7 @@ def find_files(
                 os.path.join(folder, name)
                 for folder, _, names in os.walk(place)
                 for name in names
-                if _format(name) is not None
+                if format_of(name, formats) is not None
             ]
         else:
             paths = [path for path in glob.glob(place, recursive=True) if os.path.isfile(path)]
@@ -110,20 +112,20 @@ def find_files(
         if not paths:
             raise ValueError(
                 f"data: nothing at {place!r} (looked at {os.path.abspath(place)}); give a file, "
-                f"folder or glob of {', '.join(FORMATS)}, txt and jsonl also with "
+                f"folder or glob of {', '.join(formats)}, all but parquet also with "
                 f"{', '.join(COMPRESSIONS)}, or an address {hub.SCHEME}OWNER/NAME/PATTERN"
             )
         for path in paths:
             name = os.path.relpath(path, root or ".").replace(os.sep, "/")
-            _add(found, name + part, path + part)
+            _add(found, name + part, path + part, formats)
     return sorted(found.items())
 
 
-def _add(found: dict[str, str], name: str, path: str) -> None:
-    if _format(path) is None:
+def _add(found: dict[str, str], name: str, path: str, formats: tuple[str, ...]) -> None:
+    if format_of(path, formats) is None:
         raise ValueError(
-            f"data: {path!r} has no known format; known: {', '.join(FORMATS)}, "
-            f"txt and jsonl also with {', '.join(COMPRESSIONS)}"
+            f"data: {path!r} has no known format; known: {', '.join(formats)}, "
+            f"all but parquet also with {', '.join(COMPRESSIONS)}"
         )
     if found.setdefault(name, path) != path:
         raise ValueError(f"data: {path!r} and {found[name]!r} have the same name; rename one")
@@ -153,7 +155,7 @@ def hash_file(name: str, path: str, patience: float = hub.PATIENCE_SECONDS) -> S
 
 def plan_units(file: SourceFile, unit_bytes: int, text_field: str) -> list[Unit]:
     """Cuts a file into row ranges of about `unit_bytes` of raw content."""
-    kind = _format(file.path)
+    kind = format_of(file.path)
     if match := PART.fullmatch(file.path):
         return [Unit(file.path, file.name, 0, 1, 0, int(match["stop"]) - int(match["start"]))]
     if kind == ".txt":
@@ -208,17 +210,15 @@ def read_rows(
             part = _bytes_of(document.text, int(match["start"]), int(match["stop"]))
             yield Document(part, document.row)
         return
-    kind = _format(path)
-    with _naming(path), _open(path, patience) as stream:
+    kind = format_of(path)
+    with open_content(path, patience) as content:
         if kind == ".parquet":
-            yield from _read_parquet(path, stream, fields, rows)
+            yield from _read_parquet(path, content, fields, rows)
         elif kind == ".txt":
             if 0 in rows:
-                with _decompressed(path, stream) as content:
-                    yield Document(_decode(content.read(), f"{path!r}"), 0)
+                yield Document(_decode(content.read(), f"{path!r}"), 0)
         else:
-            with _decompressed(path, stream) as lines:
-                yield from _read_jsonl(path, lines, fields, rows, offset)
+            yield from _read_jsonl(path, content, fields, rows, offset)
 
 
 def _read_jsonl(
@@ -232,17 +232,25 @@ def _read_jsonl(
         if row not in rows or not line.strip():
             continue
         where = f"{path!r} row {row}"
-        try:
-            record = json.loads(_decode(line, where))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"data: {where} is not JSON ({error}); repair or delete it") from error
-        yield Document(_text_of(record, fields, where), row)
+        yield Document(_text_of(parse_json(line, where), fields, where), row)
+
+
+def parse_json(line: bytes, where: str) -> Any:
+    """The value in a line of a jsonl file.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, naming the place.
+    """
+    try:
+        return json.loads(_decode(line, where))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"data: {where} is not JSON ({error}); repair or delete it") from error
 
 
 def _read_parquet(
     path: str, stream: BinaryIO, fields: list[str], rows: range
 ) -> Iterator[Document]:
-    with _parquet(path, stream, fields) as table:
+    with open_parquet(path, stream, fields) as table:
         first = 0  # Of the group, then of the batch.
         for group in range(table.num_row_groups):
             behind = first + table.metadata.row_group(group).num_rows
@@ -262,7 +270,12 @@ def _read_parquet(
 
 
 @contextmanager
-def _parquet(path: str, stream: BinaryIO, fields: list[str]) -> Iterator[Any]:
+def open_parquet(path: str, stream: BinaryIO, fields: list[str]) -> Iterator[Any]:
+    """The pyarrow ParquetFile of a stream.
+
+    Raises:
+        ValueError: it is damaged or lacks one of the fields.
+    """
     import pyarrow.parquet  # Here, because it is slow to import and few formats need it.
 
     try:
@@ -281,7 +294,7 @@ def _parquet(path: str, stream: BinaryIO, fields: list[str]) -> Iterator[Any]:
 
 def _row_group_sizes(path: str, text_field: str) -> list[tuple[int, int]]:
     """(rows, uncompressed bytes) of every row group."""
-    with open(path, "rb") as stream, _parquet(path, stream, text_field.split(",")) as table:
+    with open(path, "rb") as stream, open_parquet(path, stream, text_field.split(",")) as table:
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         return [(group.num_rows, group.total_byte_size) for group in groups]
 
@@ -323,13 +336,25 @@ def _bytes_of(text: str, start: int, stop: int) -> str:
     return content[begin(start) : begin(stop)].decode()
 
 
-def _format(path: str) -> str | None:
+def format_of(path: str, formats: tuple[str, ...] = FORMATS) -> str | None:
+    """Which of the formats a file's name says it has; None: none of them."""
     stem = _without_part(path)[0]
     kind = os.path.splitext(stem)[1]
     if kind in COMPRESSIONS:
         kind = os.path.splitext(stem.removesuffix(kind))[1]
-        return kind if kind in FORMATS and kind != ".parquet" else None
-    return kind if kind in FORMATS else None
+        return kind if kind in formats and kind != ".parquet" else None
+    return kind if kind in formats else None
+
+
+@contextmanager
+def open_content(path: str, patience: float = hub.PATIENCE_SECONDS) -> Iterator[BinaryIO]:
+    """A file's decompressed content, here or on the hub.
+
+    Raises:
+        ValueError: it cannot be read, is damaged or cut off, or the hub is away.
+    """
+    with _naming(path), _open(path, patience) as stream, _decompressed(path, stream) as content:
+        yield content
 
 
 def _open(path: str, patience: float = hub.PATIENCE_SECONDS) -> BinaryIO:

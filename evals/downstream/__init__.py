@@ -1,0 +1,1 @@
+"""Downstream tasks as text to text: examples, metrics, baselines and the table."""
