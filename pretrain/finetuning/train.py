@@ -1,0 +1,167 @@
+"""Trains a model on pairs and keeps the weights that do best on validation.
+
+A plain torch loop with the project's own parameter groups, clipping and schedule. A killed training
+goes on at its last look at validation, on the same batches in the same order: nothing else in it is
+random.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import OptimConfig, ScheduleConfig
+from pretrain.finetuning.interface import PairModel, Pairs
+from pretrain.finetuning.order import batches, micro_batches
+from pretrain.training.optim import parameter_groups, schedule_factor
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All of a training but its model, data and seed.
+
+    Attributes:
+        steps: optimizer steps, unless it stops before.
+        batch_size: examples per step.
+        check_every: steps from one look at validation to the next.
+        patience: looks without a better one after which training stops.
+        learning_rate: of all parameters, state-space ones included.
+        weight_decay: of matrices.
+        warmup_fraction: of the steps; then a cosine to a tenth.
+        micro_batch_tokens: that are read at one time, pads counted; changes sums by rounding only.
+    """
+
+    steps: int
+    batch_size: int = 32
+    check_every: int = 100
+    patience: int = 3
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup_fraction: float = 0.05
+    micro_batch_tokens: int = 65536
+
+
+def train(
+    model: PairModel,
+    pairs: Pairs,
+    validate: Callable[[], float],
+    options: TrainOptions,
+    seed: int,
+    progress: Path,
+    report: Callable[[dict[str, float]], None] = lambda check: None,
+) -> dict[str, Any]:
+    """Trains; the model then has the weights of the best look at validation.
+
+    Args:
+        model: to start from; changed.
+        pairs: of training.
+        validate: scores the model as it is, higher is better.
+        options: of the training.
+        seed: of the order of examples.
+        progress: file that an interrupted training leaves and continues from.
+        report: is told of every look at validation.
+
+    Returns:
+        `validation`, the best score; `step` that had it; `steps` taken; `diverged`; `history` of
+        the looks; `seconds` and `tokens` read since the last interruption.
+
+    Raises:
+        ValueError: fewer training examples than a batch.
+    """
+    began, tokens = time.perf_counter(), 0
+    optim = OptimConfig(
+        learning_rate=options.learning_rate,
+        ssm_learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+    )
+    schedule = ScheduleConfig(type="cosine", warmup_fraction=options.warmup_fraction)
+    groups = parameter_groups(model.module, optim)
+    optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
+    history: list[dict[str, float]] = []
+    best: dict[str, Any] = {"validation": -math.inf, "step": 0}
+    done, worse = 0, 0
+    if progress.exists():
+        saved = torch.load(progress, map_location=model.device, weights_only=True)
+        model.module.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done, worse = saved["step"], saved["worse"]
+        history, best = saved["history"], saved["best"]
+    lengths = pairs.lengths()
+    order = batches(lengths, options.batch_size, seed, done)
+    for step in range(done + 1, options.steps + 1):
+        if worse >= options.patience:
+            break
+        factor = schedule_factor(step, options.steps, schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        loss, read = _step(model, pairs.take(next(order)), optimizer, optim, options)
+        tokens += read
+        if step % options.check_every and step != options.steps:
+            continue
+        history.append({"step": step, "loss": loss.item(), "validation": validate()})
+        report(history[-1])
+        if not math.isfinite(history[-1]["loss"]):
+            break
+        worse += 1
+        if history[-1]["validation"] > best["validation"]:
+            weights = {key: value.clone() for key, value in model.module.state_dict().items()}
+            best = {"validation": history[-1]["validation"], "step": step, "weights": weights}
+            worse = 0
+        content = {
+            "model": model.module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "worse": worse,
+            "history": history,
+            "best": best,
+        }
+        torch.save(content, progress.with_suffix(".partial"))
+        os.replace(progress.with_suffix(".partial"), progress)
+    if "weights" in best:
+        model.module.load_state_dict(best["weights"])
+    return {
+        "validation": best["validation"],
+        "step": best["step"],
+        "steps": int(history[-1]["step"]),
+        "diverged": not math.isfinite(history[-1]["loss"]),
+        "history": history,
+        "seconds": round(time.perf_counter() - began, 1),
+        "tokens": tokens,
+    }
+
+
+def _step(
+    model: PairModel,
+    batch: Pairs,
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    options: TrainOptions,
+) -> tuple[Tensor, int]:
+    """One optimizer step: the loss before it, nats per target, and the tokens read. Nothing here
+    waits for a GPU."""
+    model.module.train()
+    n_targets = sum(len(target) + 1 for target in batch.targets)
+    total, read = torch.zeros((), device=model.device), 0
+    statistics: dict[str, Tensor] = {}
+    for rows in micro_batches(batch.lengths(), options.micro_batch_tokens):
+        loss = model.loss(batch.take(rows))
+        objective = loss.loss_sum / n_targets
+        for name, value in loss.aux.items():
+            if name.endswith("_loss"):  # summed over tokens; its share of the batch
+                objective = objective + value / loss.n_tokens * len(rows) / len(batch.inputs)
+            else:
+                statistics[name] = statistics.get(name, 0) + value
+        objective.backward()
+        total += loss.loss_sum.detach()
+        read += loss.n_tokens
+    nn.utils.clip_grad_norm_(model.module.parameters(), optim.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.update_buffers(statistics)
+    return total / n_targets, read
