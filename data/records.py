@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from data import hub
-from data.sources import PARQUET_BATCH_ROWS, find_files, format_of, open_content, open_parquet, parse_json
+from data.sources import (
+    PARQUET_BATCH_ROWS,
+    find_files,
+    format_of,
+    open_content,
+    open_parquet,
+    parse_json,
+)
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 

@@ -92,7 +92,9 @@ def find_files(
         place, part = _without_part(whole)
         if hub.is_remote(place):
             remote = hub.find(place, patience, commits)
-            known = [pair for pair in remote if format_of(pair[1], formats) is not None]  # No README.
+            known = [
+                pair for pair in remote if format_of(pair[1], formats) is not None
+            ]  # No README.
             if not known:
                 raise ValueError(f"data: {place!r} has no file of {', '.join(formats)}")
             for name, path in known:

@@ -13,7 +13,9 @@ import numpy as np
 
 MEASURES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 SPLITTER = "a sentence ends at a newline, or at [.!?] and closing marks before white space"
-_END = re.compile(r"\n+|(?<=[.!?])[\"')\]”’]*\s+")  # the marks go, which ROUGE never reads
+_END = re.compile(
+    "\\n+|(?<=[.!?])[\"')\\]\u201d\u2019]*\\s+"
+)  # the marks go, which ROUGE never reads
 
 
 def sentences(text: str) -> list[str]:

@@ -56,11 +56,13 @@ class PairModel(Protocol):
         one_length: `start` takes inputs of one length only.
     """
 
-    module: nn.Module
     device: torch.device
     vocab_size: int
     first_token: int
     one_length: bool
+
+    @property
+    def module(self) -> nn.Module: ...
 
     def longest_input(self, target_tokens: int) -> int:
         """Most input tokens beside a target of so many (EOS not counted); 0: any number."""

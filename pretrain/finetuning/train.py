@@ -68,8 +68,8 @@ def train(
         report: is told of every look at validation.
 
     Returns:
-        `validation`, the best score; `step` that had it; `steps` taken; `diverged`; `history` of
-        the looks; `seconds` and `tokens` read since the last interruption.
+        `validation`, the best score, None if training diverged before; `step` that had it; `steps`
+        taken; `diverged`; `history` of the looks; `seconds` and `tokens` read since the last interruption.
 
     Raises:
         ValueError: fewer training examples than a batch.
@@ -126,7 +126,7 @@ def train(
     if "weights" in best:
         model.module.load_state_dict(best["weights"])
     return {
-        "validation": best["validation"],
+        "validation": best["validation"] if "weights" in best else None,
         "step": best["step"],
         "steps": int(history[-1]["step"]),
         "diverged": not math.isfinite(history[-1]["loss"]),
@@ -147,14 +147,15 @@ def _step(
     waits for a GPU."""
     model.module.train()
     n_targets = sum(len(target) + 1 for target in batch.targets)
+    n_tokens = int(batch.lengths().sum())
     total, read = torch.zeros((), device=model.device), 0
     statistics: dict[str, Tensor] = {}
     for rows in micro_batches(batch.lengths(), options.micro_batch_tokens):
         loss = model.loss(batch.take(rows))
         objective = loss.loss_sum / n_targets
         for name, value in loss.aux.items():
-            if name.endswith("_loss"):  # summed over tokens; its share of the batch
-                objective = objective + value / loss.n_tokens * len(rows) / len(batch.inputs)
+            if name.endswith("_loss"):  # summed over tokens
+                objective = objective + value / n_tokens
             else:
                 statistics[name] = statistics.get(name, 0) + value
         objective.backward()

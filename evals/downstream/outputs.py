@@ -1,0 +1,79 @@
+"""What models wrote, kept beside what was wanted: every score can be made anew without a model.
+
+OUT/settings.json                 the task, the model, the options
+OUT/baselines/NAME/TEST.jsonl     id, prediction, references
+OUT/seed_N/TEST.jsonl             likewise
+OUT/seed_N/result.json            written last; a seed that has it is done
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.downstream.examples import Example
+from pretrain.training.manifest import replace_text
+
+SETTINGS, RESULT = "settings.json", "result.json"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Answers of one model to the tests of a task.
+
+    Attributes:
+        name: of the row in tables.
+        tests: by name of test, per seed, per example.
+    """
+
+    name: str
+    tests: dict[str, list[list[str]]]
+
+
+def write(folder: Path, test: str, predictions: Sequence[str], examples: Sequence[Example]) -> None:
+    """Writes a file of answers, whole or not at all."""
+    lines = [
+        json.dumps({"id": e.id, "prediction": text, "references": e.references})
+        for text, e in zip(predictions, examples, strict=True)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / f"{test}.jsonl", "\n".join(lines) + "\n")
+
+
+def read(path: Path) -> tuple[list[str], list[Example]]:
+    """The answers in a file and, without their inputs, the examples."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    examples = [Example(row["id"], "", tuple(row["references"])) for row in rows]
+    return [row["prediction"] for row in rows], examples
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """What launch/finetune.py was asked for.
+
+    Raises:
+        ValueError: the folder is none of its.
+    """
+    try:
+        return json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{out}: no {SETTINGS} in it; name an out= of finetune.py") from error
+
+
+def collect(out: Path) -> tuple[list[Outputs], Outputs, dict[str, list[Example]]]:
+    """The baselines, the model's outputs over its finished seeds, and the examples of each test.
+
+    Raises:
+        ValueError: no seed is finished.
+    """
+    seeds = sorted(path.parent for path in out.glob(f"seed_*/{RESULT}"))
+    if not seeds:
+        raise ValueError(f"{out}: no seed is finished; run its command again")
+    names = read_settings(out)["task"]["tests"]
+    examples = {test: read(seeds[0] / f"{test}.jsonl")[1] for test in names}
+    baselines = [
+        Outputs(folder.name, {test: [read(folder / f"{test}.jsonl")[0]] for test in examples})
+        for folder in sorted(out.glob("baselines/*"))
+    ]
+    tests = {test: [read(seed / f"{test}.jsonl")[0] for seed in seeds] for test in examples}
+    return baselines, Outputs(out.name, tests), examples

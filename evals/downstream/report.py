@@ -1,0 +1,163 @@
+"""From answers to the table: every metric with its interval, and paired differences.
+
+Intervals are over examples (evals/downstream/intervals.py), of the mean over seeds. The spread of
+seeds is a matter of its own: their scores are listed one by one, and a difference between trainings
+of several seeds has Welch's interval over these beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals.downstream.examples import Example
+from evals.downstream.intervals import difference, interval
+from evals.downstream.metrics import INVALID, combine, contributions
+from evals.downstream.outputs import Outputs, collect, read_settings
+from evals.downstream.rouge import MEASURES, SPLITTER
+from evals.stats import welch
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several models on the tests of one task.
+
+    Attributes:
+        task: name.
+        metrics: the first one is compared.
+        labels: of the task.
+        rows: baselines first.
+        examples: by test.
+        baseline: name of the row that all are compared with.
+    """
+
+    task: str
+    metrics: list[str]
+    labels: list[str]
+    rows: list[Outputs]
+    examples: dict[str, list[Example]]
+    baseline: str
+
+
+def compare(folders: Sequence[Path], baseline: str = "") -> Comparison:
+    """Opens what several fine-tunings left.
+
+    Args:
+        folders: each an out= of launch/finetune.py.
+        baseline: row to compare with; "": the last folder, or the task's baseline if there is one
+            folder only.
+
+    Raises:
+        ValueError: another task or other test examples, two folders of one name, no such baseline.
+    """
+    settings = [read_settings(folder) for folder in folders]
+    baselines, _, examples = collect(folders[0])
+    rows = list(baselines)
+    task = settings[0]["task"]
+    for folder, setting in zip(folders, settings, strict=True):
+        _, outputs, theirs = collect(folder)
+        for key in ("name", "metrics"):
+            if setting["task"][key] != task[key]:
+                raise ValueError(
+                    f"{folder}: its task's {key} is {setting['task'][key]}, that of {folders[0]} "
+                    f"is {task[key]}; compare one task"
+                )
+        if theirs != examples:
+            raise ValueError(
+                f"{folder}: its test examples are not those of {folders[0]}; fine-tune both with "
+                f"the same test= and test_examples="
+            )
+        if outputs.name in [row.name for row in rows]:
+            raise ValueError(f"{folder}: two rows are called {outputs.name}; rename one folder")
+        rows.append(outputs)
+    names = [row.name for row in rows]
+    if not baseline:
+        baseline = names[-1] if len(folders) > 1 else names[0]
+    if baseline not in names:
+        raise ValueError(f"baseline={baseline} is no row; there are: {', '.join(names)}")
+    return Comparison(
+        task["name"], task["metrics"], settings[0]["labels"], rows, examples, baseline
+    )
+
+
+def records(comparison: Comparison) -> list[dict[str, Any]]:
+    """One record per test and row."""
+    found = []
+    for test, examples in comparison.examples.items():
+        scores = {
+            row.name: [
+                contributions(comparison.metrics, texts, examples, comparison.labels)
+                for texts in row.tests[test]
+            ]
+            for row in comparison.rows
+        }
+        for row in comparison.rows:
+            found.append({"task": comparison.task, "test": test, "model": row.name})
+            found[-1] |= _record(comparison, scores, row.name, len(examples))
+    return found
+
+
+def _record(
+    comparison: Comparison, scores: dict[str, list[dict[str, np.ndarray]]], name: str, n: int
+) -> dict[str, Any]:
+    ours, theirs = scores[name], scores[comparison.baseline]
+    first = comparison.metrics[0]
+
+    def each_seed(seeds: list[dict[str, np.ndarray]]) -> list[float]:
+        return [combine(first, seed[first]) for seed in seeds]
+
+    record: dict[str, Any] = {
+        "examples": n,
+        "metrics": {
+            metric: interval(metric, [seed[metric] for seed in ours])._asdict()
+            for metric in ours[0]
+        },
+        "per_seed": each_seed(ours),
+    }
+    if name != comparison.baseline:
+        gap = difference(first, [seed[first] for seed in ours], [seed[first] for seed in theirs])
+        over_seeds = welch(each_seed(ours), each_seed(theirs))
+        record["difference"] = {"over": comparison.baseline, **gap._asdict(), "seeds": over_seeds}
+    return record
+
+
+def markdown(found: Sequence[dict[str, Any]], comparison: Comparison) -> str:
+    """A table per test."""
+    first = comparison.metrics[0]
+    shown = [*comparison.metrics, *([INVALID] if INVALID in found[0]["metrics"] else [])]
+    head = ["model", *shown, f"{first}, each seed", f"{first} over {comparison.baseline}", "seeds"]
+    lines = []
+    for test in comparison.examples:
+        rows = [record for record in found if record["test"] == test]
+        lines += [
+            f"{comparison.task}, {test}, {rows[0]['examples']:,} examples, in %:",
+            "",
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+        ]
+        for record in rows:
+            cells = [record["model"]]
+            for metric in shown:
+                value, low, high = record["metrics"][metric].values()
+                cells.append(
+                    f"{value:.1f}" if metric == INVALID else f"{value:.1f} [{low:.1f}, {high:.1f}]"
+                )
+            cells.append(", ".join(f"{score:.1f}" for score in record["per_seed"]))
+            gap = record.get("difference")
+            if gap is None:
+                cells += ["", ""]
+            else:
+                cells.append(f"{gap['value']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]")
+                spread = gap["seeds"]
+                cells.append(f"[{spread[0]:+.1f}, {spread[1]:+.1f}]" if spread else "")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines.append(
+        "Intervals: 95 %, bootstrap over test examples of the mean over seeds, differences paired; "
+        "`seeds`: Welch's over the seeds' scores."
+    )
+    if first in MEASURES:
+        lines.append(f"ROUGE: rouge-score, stemmed, F; {SPLITTER}.")
+    return "\n".join(lines)
