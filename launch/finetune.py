@@ -155,15 +155,14 @@ def finetune(words: list[str]) -> None:
     splits = _limited(task.read(), arguments)
     labels = _labels(task, splits)
     out = Path(arguments.out)
-    _check_settings(out, arguments, task, labels, start, precision)
-
     model = start.build(0, device, autocast=precision == "bf16")
     data = _Encoded.of(splits, task, start, model, arguments)
+    options = _train_options(arguments, len(splits.train))
+    _check_settings(out, arguments, task, labels, start, precision)
     print(data.describe(model), flush=True)
     for test, examples in splits.tests.items():
         for name, texts in baselines(task.kind, splits.train, examples).items():
             outputs.write(out / "baselines" / name, test, texts, examples)
-    options = _train_options(arguments, len(splits.train))
     for seed in range(arguments.seeds):
         folder = out / f"seed_{seed}"
         if not (folder / outputs.RESULT).exists():
@@ -259,16 +258,18 @@ def _check_settings(
         write_json(out / outputs.SETTINGS, settings)
         return
     before = outputs.read_settings(out)
-    changed = [
-        f"{key} was {before[part].get(key)!r}, is {value!r}"
-        for part in ("arguments", "task", "model")
+    changed = {
+        key: f"{key} was {before[part].get(key)!r}, is {value!r}"
+        for part in ("model", "task", "arguments")
         for key, value in settings[part].items()
         if before[part].get(key) != value
-    ]
+    }
+    if "config" in changed:
+        changed["config"] = "another model configuration"
     if changed:
         raise ValueError(
-            f"out={out} holds a fine-tuning with other settings ({'; '.join(changed)}); choose "
-            f"another out="
+            f"out={out} holds a fine-tuning with other settings "
+            f"({'; '.join(changed.values())}); choose another out="
         )
 
 

@@ -69,7 +69,8 @@ def train(
 
     Returns:
         `validation`, the best score, None if training diverged before; `step` that had it; `steps`
-        taken; `diverged`; `history` of the looks; `seconds` and `tokens` read since the last interruption.
+        taken; `diverged`; `history` of the looks; `seconds` and `tokens` read since the last
+        interruption.
 
     Raises:
         ValueError: fewer training examples than a batch.
