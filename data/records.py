@@ -42,7 +42,7 @@ def read_records(
     """
     for name, path in find_files(location, patience, formats=FORMATS):
         for row, values in enumerate(_rows(path, patience)):
-            where = f"{name!r} row {row}"
+            where = f"{name} row {row}"
             if not isinstance(values, dict):
                 raise ValueError(
                     f"data: {where} holds {type(values).__name__}, not an object with fields; "

@@ -1,0 +1,127 @@
+"""Rows become examples as the task says, and what is missing is named."""
+
+import json
+
+import pytest
+
+from evals.downstream.examples import Example
+from evals.downstream.tasks import TASK_DIR, open_task
+
+WORDS = {
+    "input": "{text}",
+    "target": "{label}",
+    "metrics": ["accuracy"],
+}
+
+
+def rows(path, content):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """400 training examples, every one twice, and a few others."""
+    train = [{"text": f"text {i % 200}", "label": i % 2} for i in range(400)]
+    return {
+        "train": rows(tmp_path / "train.jsonl", train),
+        "validation": rows(tmp_path / "validation.jsonl", train[:5]),
+        "tests": {"test": rows(tmp_path / "test.jsonl", train[:7])},
+    }
+
+
+def task(files, **changes):
+    return open_task("jsonl", overrides={**WORDS, **files, **changes})
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TASK_DIR.glob("*.yaml")))
+def test_every_task_file_is_complete(name):
+    opened = open_task(name, source="some/folder")
+    places = str([opened.train, opened.validation, opened.tests])
+    assert "{" not in places.replace("{'", "")
+    assert opened.train != opened.validation
+    assert opened.validation not in opened.tests.values()
+
+
+def test_templates_take_columns_and_lists_are_lines_or_references(tmp_path):
+    row = {"title": "T", "source": ["One.", "Two."], "target": ["short", "brief"], "year": 7}
+    path = rows(tmp_path / "a.jsonl", [row])
+    opened = open_task(
+        "jsonl",
+        overrides={
+            "train": path,
+            "validation": path,
+            "tests": {"test": path},
+            "input": "{title} ({year}): {source}",
+            "target": "{target}",
+            "metrics": ["rougeL"],
+        },
+    )
+    (example,) = opened.read().train
+    assert example == Example("a.jsonl row 0", "T (7): One.\nTwo.", ("short", "brief"))
+
+
+def test_labels_become_words_and_others_are_refused(files):
+    opened = task(files, labels={0: "no", 1: "yes"})
+    assert [example.references for example in opened.read().tests["test"]][:2] == [
+        ("no",),
+        ("yes",),
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"train.jsonl row 0 has label=0, which is not one of its "
+        r"labels \(1, -1\)",
+    ):
+        task(files, labels={1: "yes", -1: "no"}).read()
+
+
+def test_the_held_out_share_is_stated_the_same_and_apart(files):
+    splits = task(files, validation="", holdout=0.25).read()
+    assert splits == task(files, validation="", holdout=0.25).read()
+    assert len(splits.train) + len(splits.validation) == 400
+    assert 60 < len(splits.validation) < 140
+    assert not {e.input for e in splits.train} & {e.input for e in splits.validation}
+
+
+def test_a_missing_field_is_named_with_those_there_are(files):
+    with pytest.raises(
+        ValueError,
+        match=r"task=jsonl: train.jsonl row 0 has no field 'body'; it "
+        r"has text, label: set input_field=",
+    ):
+        task(files, input="{body}").read()
+    with pytest.raises(ValueError, match=r"no field 'goal'.*set target_field="):
+        task(files, target="{goal}").read()
+
+
+def test_an_unknown_task_gets_its_closest_match():
+    with pytest.raises(ValueError, match="task=sst-2 is not known; did you mean 'sst2'"):
+        open_task("sst-2")
+    with pytest.raises(ValueError, match=r"task=zzz is not known; there are: .*jsonl.*sst2"):
+        open_task("zzz")
+
+
+def test_an_empty_split_is_an_error(files, tmp_path):
+    empty = rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=r"the validation split \(.*empty.jsonl\) has no example"):
+        task(files, validation=empty).read()
+    one = rows(tmp_path / "one.jsonl", [{"text": "t", "label": 1}])
+    with pytest.raises(ValueError, match=r"split \(holdout=0.1 of train\) has no example"):
+        task(files, train=one, validation="").read()
+    with pytest.raises(ValueError, match=r"the test split \(.*\) has no example"):
+        task(files, tests={"test": empty}).read()
+
+
+def test_everything_that_is_missing_is_said_at_once():
+    with pytest.raises(
+        ValueError,
+        match=r"train= is missing; test= is missing; input= is missing; "
+        r"target= is missing; metrics= is missing; choose from accuracy",
+    ):
+        open_task("jsonl")
+    with pytest.raises(ValueError, match=r"metrics=blue is not known"):
+        open_task("jsonl", overrides={**WORDS, "metrics": ["blue"]})
+    with pytest.raises(ValueError, match=r"metrics=accuracy,rougeL measure"):
+        open_task("jsonl", overrides={**WORDS, "metrics": ["accuracy", "rougeL"]})
+    with pytest.raises(ValueError, match=r"task=banking77: source= is missing"):
+        open_task("banking77")

@@ -1,0 +1,168 @@
+"""The command end to end on a task that can be learned, its table, its resumption, its errors."""
+
+import json
+import random
+
+import pytest
+
+from evals.downstream import outputs
+from launch import finetune
+
+MODEL = """
+model:
+  d_model: 16
+  n_layers: 1
+  layers: {default: swa}
+  mixers: {swa: {n_heads: 2, window_size: 16}}
+  d_ff: 32
+  init_std: 0.3
+"""
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A command line: is the last letter an a or a b? Test answers are mostly a."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(MODEL)
+    chance = random.Random(0)
+
+    def rows(n):
+        texts = ["".join(chance.choices("xyz", k=chance.randint(1, 5))) for _ in range(n)]
+        ends = [chance.choice("aab") for _ in texts]
+        return [{"text": t + e, "label": e} for t, e in zip(texts, ends, strict=True)]
+
+    for name, n in {"train": 90, "validation": 20, "test": 30}.items():
+        write(tmp_path / f"{name}.jsonl", rows(n))
+    return {
+        "model": str(tmp_path / "tiny.yaml"),
+        "tokenizer": "bytes",
+        "task": "jsonl",
+        "train": "train.jsonl",
+        "validation": "validation.jsonl",
+        "test": "test.jsonl",
+        "input_field": "text",
+        "target_field": "label",
+        "metrics": "accuracy",
+        "out": "out",
+        "seeds": "1",
+        "batch_size": "16",
+        "steps": "4",
+        "check_every": "2",
+        "learning_rate": "1e-2",
+        "device": "cpu",
+    }
+
+
+def run(words, **changes):
+    return finetune.main([f"{key}={value}" for key, value in {**words, **changes}.items() if value])
+
+
+def complaint(capsys, words, **changes):
+    assert run(words, **changes) == finetune.BAD_INPUT
+    return capsys.readouterr().err
+
+
+def test_a_task_is_learned_and_beats_the_commonest_label(words, tmp_path, capsys):
+    assert run(words, steps="60", check_every="20", seeds="2") == 0
+    printed = capsys.readouterr().out
+    assert "| majority class |" in printed
+    assert "| out |" in printed
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    ours = {row["model"]: row for row in rows}
+    assert ours["out"]["metrics"]["accuracy"]["value"] > 95
+    assert ours["out"]["difference"]["low"] > 0
+    assert len(ours["out"]["per_seed"]) == 2
+    texts, examples = outputs.read(tmp_path / "out/seed_1/test.jsonl")
+    assert len(texts) == len(examples) == 30
+    assert {path.name for path in (tmp_path / "out/seed_0").iterdir()} == {
+        "best.pt",
+        "result.json",
+        "test.jsonl",
+    }
+
+
+def test_what_is_done_is_not_done_again_and_more_seeds_are_added(words, tmp_path, monkeypatch):
+    assert run(words) == 0
+    table = (tmp_path / "out/table.md").read_text()
+    trained, train = [], finetune.train
+
+    def counted(*arguments):
+        trained.append(arguments[4])
+        return train(*arguments)
+
+    monkeypatch.setattr(finetune, "train", counted)
+    assert run(words) == 0
+    assert (trained, (tmp_path / "out/table.md").read_text()) == ([], table)
+    assert run(words, seeds="2") == 0
+    assert trained == [1]
+
+
+def test_a_killed_command_ends_like_one_that_was_not(words, tmp_path, monkeypatch):
+    assert run(words, steps="6") == 0
+    calls, score = [], finetune.contributions
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(finetune, "contributions", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(words, steps="6", out="other")
+    assert (tmp_path / "other/seed_0/progress.pt").exists()
+    assert run(words, steps="6", out="other") == 0
+    whole, resumed = (tmp_path / name / "seed_0" for name in ("out", "other"))
+    assert (whole / "test.jsonl").read_bytes() == (resumed / "test.jsonl").read_bytes()
+    histories = [json.loads((f / "result.json").read_text())["history"] for f in (whole, resumed)]
+    assert histories[0] == histories[1]
+
+
+def test_several_fine_tunings_make_one_table_and_other_tests_none(words, tmp_path, capsys):
+    assert run(words, out="one") == 0
+    assert run(words, out="two", learning_rate="1e-4") == 0
+    capsys.readouterr()
+    assert finetune.main(["table", "one", "two", "out=both"]) == 0
+    rows = json.loads((tmp_path / "both/results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["majority class", "one", "two"]
+    assert rows[1]["difference"]["over"] == "two"
+    assert run(words, out="less", test_examples="10") == 0
+    capsys.readouterr()
+    assert finetune.main(["table", "one", "less"]) == finetune.BAD_INPUT
+    assert "less: its test examples are not those of one" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_clear_line(words, tmp_path, capsys):
+    def told(**changes):
+        text = complaint(capsys, words, **changes)
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1
+        return text
+
+    assert "did you mean 'sst2'" in told(task="sst-2")
+    assert "has no field 'body'; it has text, label: set input_field=" in told(input_field="body")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "the validation split (empty.jsonl) has no example" in told(validation="empty.jsonl")
+    assert "have more than 3 tokens, the longest 6; truncate=true" in told(max_input_tokens="3")
+    assert "input_field= say the same" in told(input="{text}")
+    assert "tokenizer= is missing" in told(tokenizer="")
+    assert "give run=runs/NAME, or model=NAME" in told(model="")
+    assert "run=nowhere: no such folder" in told(model="", run="nowhere")
+    assert "batch_size=500 is more than the 90" in told(batch_size="500")
+    assert "out= is missing" in told(out="")
+    assert "nothing at 'nowhere.jsonl'" in told(train="nowhere.jsonl")
+
+
+def test_a_folder_keeps_its_settings(words, capsys):
+    assert run(words) == 0
+    assert "(steps was 4, is 5); choose another out=" in complaint(capsys, words, steps="5")
+
+
+def test_several_processes_are_refused(words, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "fine-tuning runs in one process" in complaint(capsys, words)
