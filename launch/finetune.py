@@ -67,7 +67,7 @@ class FinetuneArguments:
     target: str = ""
     target_field: str = ""
     metrics: str = ""  # with commas; the first one picks the weights
-    holdout: float = 0.1  # share of train for validation where it has no files
+    holdout: float = 0.0  # share of train for validation where it has no files; default: a tenth
     train_examples: int = 0  # take so many, by hash
     validation_examples: int = 0
     test_examples: int = 0
@@ -179,6 +179,7 @@ def _overrides(arguments: FinetuneArguments) -> dict[str, Any]:
         if getattr(arguments, key) and getattr(arguments, f"{key}_field"):
             raise ValueError(f"{key}= and {key}_field= say the same; leave one out")
     given: dict[str, Any] = {
+        "holdout": arguments.holdout,
         "train": arguments.train,
         "validation": arguments.validation,
         "tests": {"test": arguments.test} if arguments.test else {},
@@ -187,7 +188,7 @@ def _overrides(arguments: FinetuneArguments) -> dict[str, Any]:
     for key in ("input", "target"):
         column = getattr(arguments, f"{key}_field")
         given[key] = f"{{{column}}}" if column else getattr(arguments, key)
-    return {**{key: value for key, value in given.items() if value}, "holdout": arguments.holdout}
+    return {key: value for key, value in given.items() if value}
 
 
 def _starting_point(arguments: FinetuneArguments, model_words: list[str]) -> StartingPoint:

@@ -12,10 +12,11 @@ from data.loader import start_id
 from data.shards import Corpus
 from data.tokenizer import BOS_ID, Tokenizer, load_tokenizer
 from pretrain.config import RunConfig, load_config
+from pretrain.finetuning.encoder_decoder import PairEncoderDecoder
 from pretrain.finetuning.interface import PairModel
 from pretrain.finetuning.prompted import prompted
-from pretrain.models import LanguageModel, LanguageModelConfig
-from pretrain.training.load import load_model
+from pretrain.models import EncoderDecoder, LanguageModelConfig, build_model
+from pretrain.training.load import load_any_model
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class StartingPoint:
         config: of the model.
         weights: None: initialised at random, by seed.
         tokenizer: the model's.
-        start_id: what stood before documents in its pretraining.
+        start_id: what stood before documents in a language model's pretraining.
         facts: for settings.json: which checkpoint, which tokenizer.
     """
 
@@ -45,10 +46,13 @@ class StartingPoint:
             autocast: matmuls in bfloat16.
         """
         torch.manual_seed(seed)
-        model = LanguageModel(self.config)
+        model = build_model(self.config)
         if self.weights is not None:
             model.load_state_dict(self.weights)
-        return prompted(model.to(device), self.start_id, autocast=autocast)
+        model.to(device)
+        if isinstance(model, EncoderDecoder):
+            return PairEncoderDecoder(model, autocast=autocast)
+        return prompted(model, self.start_id, autocast=autocast)
 
 
 def from_run(run: Path, *, tag: str, tokenizer: str, random: bool) -> StartingPoint:
@@ -66,7 +70,7 @@ def from_run(run: Path, *, tag: str, tokenizer: str, random: bool) -> StartingPo
     """
     if not run.is_dir():
         raise ValueError(f"run={run}: no such folder; use a run directory such as runs/NAME")
-    model, config, checkpoint = load_model(run, tag)
+    model, config, checkpoint = load_any_model(run, tag)
     found = load_tokenizer(tokenizer) if tokenizer else _tokenizer_of(run, config)
     if found.sha256 != checkpoint["tokenizer"]:
         raise ValueError(

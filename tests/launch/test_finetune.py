@@ -19,6 +19,21 @@ model:
 """
 
 
+ENCODER_DECODER = """
+model:
+  d_model: 16
+  n_layers: 1
+  layers: {default: attention}
+  mixers: {attention: {n_heads: 2}}
+  encoder: {n_layers: 1, layers: {default: swa}, mixers: {swa: {n_heads: 2, window_size: 16}}}
+  cross_attention: {n_heads: 2}
+  d_ff: 32
+  init_std: 0.3
+objective: span
+data: {mode: windows}
+"""
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -84,6 +99,12 @@ def test_a_task_is_learned_and_beats_the_commonest_label(words, tmp_path, capsys
         "result.json",
         "test.jsonl",
     }
+
+
+def test_an_encoder_decoder_is_fine_tuned_by_the_same_command(words, tmp_path, capsys):
+    (tmp_path / "both.yaml").write_text(ENCODER_DECODER)
+    assert run(words, model="both.yaml", beams="2") == 0
+    assert "PairEncoderDecoder" in capsys.readouterr().out
 
 
 def test_what_is_done_is_not_done_again_and_more_seeds_are_added(words, tmp_path, monkeypatch):
