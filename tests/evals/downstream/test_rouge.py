@@ -25,6 +25,10 @@ def test_sentences_in_another_order_cost_rouge_l_and_not_lsum():
     found = one("It rained. We went home early.", "We went home early. It rained.")
     assert found["rougeLsum"] == 100.0
     assert found["rougeL"] < 80
+    # Both words lie in sentences of their own: 2 of 2 and of 4. In one sentence d behind a is lost.
+    found = one("d a", "A b. C d.")
+    assert found["rougeLsum"] == pytest.approx(100 * 2 * 1 * 0.5 / 1.5)
+    assert found["rougeL"] == pytest.approx(100 * 2 * 0.5 * 0.25 / 0.75)
 
 
 def test_the_best_reference_counts_for_each_measure():

@@ -53,6 +53,17 @@ def test_gradients_do_not_depend_on_what_stands_beside():
         torch.testing.assert_close(one, other.grad, **TOLERANCE)
 
 
+def test_what_mixers_learn_beside_the_loss_is_of_no_pads():
+    model = prompted(language_model("longvq"), BOS_ID)
+    model.module.train()
+    batch = pairs()
+    together = model.loss(batch).aux
+    alone = [model.loss(batch.take([row])).aux for row in range(4)]
+    assert together
+    for name, value in together.items():
+        torch.testing.assert_close(value, sum(aux[name] for aux in alone), **TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("mixer", "beams"), [("bst", 1), ("bst", 3), ("attention", 3), ("longvq", 3), ("swa", 1)]
 )
