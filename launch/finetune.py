@@ -154,6 +154,9 @@ def finetune(words: list[str]) -> None:
         raise ValueError(f"precision={precision} is not known; use bf16 or fp32")
     splits = _limited(task.read(), arguments)
     labels = _labels(task, splits)
+    # Here, not after an hour of training, what a metric lacks is found.
+    first = splits.validation[:1]
+    contributions(task.metrics, [first[0].references[0]], first, labels)
     out = Path(arguments.out)
     model = start.build(0, device, autocast=precision == "bf16")
     data = _Encoded.of(splits, task, start, model, arguments)

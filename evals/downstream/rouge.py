@@ -39,7 +39,7 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
     except ImportError as error:
         raise ValueError(
             f"metrics=rouge...: the package rouge-score is missing ({error}); "
-            "pip install 'longspan[downstream]'"
+            "pip install -e '.[downstream]'"
         ) from error
     scorer = rouge_scorer.RougeScorer(list(MEASURES), use_stemmer=True)
     scores = [
