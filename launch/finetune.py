@@ -31,14 +31,13 @@ import torch
 
 from evals.downstream import outputs, report
 from evals.downstream.baselines import baselines
-from evals.downstream.examples import Example
 from evals.downstream.metrics import combine, contributions
 from evals.downstream.tasks import Splits, Task, open_task
+from launch.finetuning_data import EncodedTask, labels_of, limited
 from pretrain.command_line import choose_device, parse
 from pretrain.config_problems import launcher_world_size
-from pretrain.finetuning.encode import encode, limits_of
 from pretrain.finetuning.generation import GenerationOptions, generate
-from pretrain.finetuning.interface import PairModel, Pairs
+from pretrain.finetuning.interface import PairModel
 from pretrain.finetuning.starting_point import StartingPoint, from_run, untrained
 from pretrain.finetuning.train import TrainOptions, train
 from pretrain.training.environment import git_commit
@@ -152,14 +151,27 @@ def finetune(words: list[str]) -> None:
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision={precision} is not known; use bf16 or fp32")
-    splits = _limited(task.read(), arguments)
-    labels = _labels(task, splits)
+    splits = limited(
+        task.read(),
+        train=arguments.train_examples,
+        validation=arguments.validation_examples,
+        test=arguments.test_examples,
+    )
+    labels = labels_of(task, splits)
     # Here, not after an hour of training, what a metric lacks is found.
     first = splits.validation[:1]
     contributions(task.metrics, [first[0].references[0]], first, labels)
     out = Path(arguments.out)
     model = start.build(0, device, autocast=precision == "bf16")
-    data = _Encoded.of(splits, task, start, model, arguments)
+    data = EncodedTask.of(
+        splits,
+        task.name,
+        start.tokenizer,
+        model,
+        max_input=arguments.max_input_tokens,
+        max_target=arguments.max_target_tokens,
+        truncate=arguments.truncate,
+    )
     options = _train_options(arguments, len(splits.train))
     _check_settings(out, arguments, task, labels, start, precision)
     print(data.describe(model), flush=True)
@@ -213,29 +225,6 @@ def _starting_point(arguments: FinetuneArguments, model_words: list[str]) -> Sta
     )
 
 
-def _limited(splits: Splits, arguments: FinetuneArguments) -> Splits:
-    """The examples of lowest rank, where fewer are asked for; in their order."""
-
-    def some(examples: list[Example], count: int) -> list[Example]:
-        if not 0 < count < len(examples):
-            return examples
-        last = sorted(example.rank() for example in examples)[count - 1]
-        return [example for example in examples if example.rank() <= last][:count]
-
-    return Splits(
-        some(splits.train, arguments.train_examples),
-        some(splits.validation, arguments.validation_examples),
-        {name: some(part, arguments.test_examples) for name, part in splits.tests.items()},
-    )
-
-
-def _labels(task: Task, splits: Splits) -> list[str]:
-    """What a classifier may answer; none for other tasks."""
-    if task.kind != "classification":
-        return []
-    return list(task.labels.values()) or sorted({e.references[0] for e in splits.train})
-
-
 def _check_settings(
     out: Path,
     arguments: FinetuneArguments,
@@ -277,77 +266,6 @@ def _check_settings(
         )
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """The task as tokens.
-
-    Attributes:
-        train: pairs of training.
-        validation: inputs.
-        tests: inputs by name of test.
-        target_tokens: of the longest text to write, without EOS.
-        cut: share of the inputs that was truncated, by split.
-    """
-
-    train: Pairs
-    validation: list[Any]
-    tests: dict[str, list[Any]]
-    target_tokens: int
-    cut: dict[str, float]
-
-    @classmethod
-    def of(
-        cls,
-        splits: Splits,
-        task: Task,
-        start: StartingPoint,
-        model: PairModel,
-        arguments: FinetuneArguments,
-    ) -> "_Encoded":
-        tokenizer, truncate = start.tokenizer, arguments.truncate
-        wanted = [example.references[0] for example in splits.train]
-        targets, _ = encode(
-            wanted,
-            tokenizer,
-            arguments.max_target_tokens,
-            truncate=truncate,
-            what=f"target of task={task.name} train",
-        )
-        longest = arguments.max_target_tokens or max(map(len, targets))
-        limits = limits_of(model, arguments.max_input_tokens, longest, truncate=truncate)
-        inputs, cut = {}, {}
-        parts = {"train": splits.train, "validation": splits.validation, **splits.tests}
-        for split, examples in parts.items():
-            inputs[split], n = encode(
-                [example.input for example in examples],
-                tokenizer,
-                limits.input,
-                truncate=truncate,
-                what=f"input of task={task.name} {split}",
-            )
-            cut[split] = n / len(examples)
-        return cls(
-            Pairs(inputs["train"], targets),
-            inputs["validation"],
-            {test: inputs[test] for test in splits.tests},
-            longest,
-            cut,
-        )
-
-    def describe(self, model: PairModel) -> str:
-        """A line for the first screen."""
-        lengths = [len(ids) for ids in self.train.inputs]
-        sizes = {"train": len(lengths), "validation": len(self.validation)}
-        sizes |= {test: len(ids) for test, ids in self.tests.items()}
-        parameters = sum(p.numel() for p in model.module.parameters())
-        return (
-            f"{', '.join(f'{split} {n:,}' for split, n in sizes.items())} examples; inputs of "
-            f"{sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths):,} at most"
-            f" ({self.cut['train']:.1%} truncated), targets of at most {self.target_tokens:,}; "
-            f"{parameters:,} parameters; {type(model).__name__}"
-        )
-
-
 def _train_options(arguments: FinetuneArguments, n_train: int) -> TrainOptions:
     per_epoch = max(1, n_train // arguments.batch_size)
     steps = arguments.steps or round(arguments.epochs * per_epoch)
@@ -369,7 +287,7 @@ def _one_seed(
     model: PairModel,
     seed: int,
     folder: Path,
-    data: _Encoded,
+    data: EncodedTask,
     splits: Splits,
     task: Task,
     labels: list[str],

@@ -1,0 +1,120 @@
+"""What a fine-tuning reads: the examples of a task that are asked for, as tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from evals.downstream.examples import Example
+from evals.downstream.tasks import Splits, Task
+from pretrain.finetuning.encode import encode, limits_of
+from pretrain.finetuning.interface import PairModel, Pairs
+
+
+def limited(splits: Splits, *, train: int, validation: int, test: int) -> Splits:
+    """The examples of lowest rank, where fewer are asked for (0: all); in their order."""
+
+    def some(examples: list[Example], count: int) -> list[Example]:
+        if not 0 < count < len(examples):
+            return examples
+        last = sorted(example.rank() for example in examples)[count - 1]
+        return [example for example in examples if example.rank() <= last][:count]
+
+    return Splits(
+        some(splits.train, train),
+        some(splits.validation, validation),
+        {name: some(part, test) for name, part in splits.tests.items()},
+    )
+
+
+def labels_of(task: Task, splits: Splits) -> list[str]:
+    """What a classifier may answer; none for other tasks."""
+    if task.kind != "classification":
+        return []
+    return list(task.labels.values()) or sorted({e.references[0] for e in splits.train})
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """The task as tokens.
+
+    Attributes:
+        train: pairs of training.
+        validation: inputs.
+        tests: inputs by name of test.
+        target_tokens: of the longest text to write, without EOS.
+        cut: share of the inputs that was truncated, by split.
+    """
+
+    train: Pairs
+    validation: list[Any]
+    tests: dict[str, list[Any]]
+    target_tokens: int
+    cut: dict[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        splits: Splits,
+        name: str,
+        tokenizer: Tokenizer,
+        model: PairModel,
+        *,
+        max_input: int,
+        max_target: int,
+        truncate: bool,
+    ) -> "EncodedTask":
+        """Encodes everything once.
+
+        Args:
+            splits: the examples.
+            name: of the task, for errors.
+            tokenizer: the model's.
+            model: whose limits hold.
+            max_input: tokens; 0: as many as the model takes.
+            max_target: tokens; 0: as many as the longest training target has.
+            truncate: cut what is longer, instead of an error.
+
+        Raises:
+            ValueError: a text is too long and is not to be cut.
+        """
+        wanted = [example.references[0] for example in splits.train]
+        targets, _ = encode(
+            wanted,
+            tokenizer,
+            max_target,
+            truncate=truncate,
+            what=f"target of task={name} train",
+        )
+        longest = max_target or max(map(len, targets))
+        limits = limits_of(model, max_input, longest, truncate=truncate)
+        inputs, cut = {}, {}
+        parts = {"train": splits.train, "validation": splits.validation, **splits.tests}
+        for split, examples in parts.items():
+            inputs[split], n = encode(
+                [example.input for example in examples],
+                tokenizer,
+                limits.input,
+                truncate=truncate,
+                what=f"input of task={name} {split}",
+            )
+            cut[split] = n / len(examples)
+        return cls(
+            Pairs(inputs["train"], targets),
+            inputs["validation"],
+            {test: inputs[test] for test in splits.tests},
+            longest,
+            cut,
+        )
+
+    def describe(self, model: PairModel) -> str:
+        """A line for the first screen."""
+        lengths = [len(ids) for ids in self.train.inputs]
+        sizes = {"train": len(lengths), "validation": len(self.validation)}
+        sizes |= {test: len(ids) for test, ids in self.tests.items()}
+        parameters = sum(p.numel() for p in model.module.parameters())
+        return (
+            f"{', '.join(f'{split} {n:,}' for split, n in sizes.items())} examples; inputs of "
+            f"{sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths):,} at most"
+            f" ({self.cut['train']:.1%} truncated), targets of at most {self.target_tokens:,}; "
+            f"{parameters:,} parameters; {type(model).__name__}"
+        )
