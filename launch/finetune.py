@@ -151,13 +151,14 @@ def finetune(words: list[str]) -> None:
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision={precision} is not known; use bf16 or fp32")
+    everything = task.read()
+    labels = labels_of(task, everything)
     splits = limited(
-        task.read(),
+        everything,
         train=arguments.train_examples,
         validation=arguments.validation_examples,
         test=arguments.test_examples,
     )
-    labels = labels_of(task, splits)
     # Here, not after an hour of training, what a metric lacks is found.
     first = splits.validation[:1]
     contributions(task.metrics, [first[0].references[0]], first, labels)

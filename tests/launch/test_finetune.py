@@ -153,7 +153,9 @@ def test_several_fine_tunings_make_one_table_and_other_tests_none(words, tmp_pat
     rows = json.loads((tmp_path / "both/results.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["majority class", "one", "two"]
     assert rows[1]["difference"]["over"] == "two"
-    assert run(words, out="less", test_examples="10") == 0
+    assert run(words, out="less", test_examples="10", train_examples="16") == 0
+    # A label that few examples miss is none the less valid.
+    assert outputs.read_settings(tmp_path / "less")["labels"] == ["a", "b"]
     capsys.readouterr()
     assert finetune.main(["table", "one", "less"]) == finetune.BAD_INPUT
     assert "less: its test examples are not those of one" in capsys.readouterr().err
