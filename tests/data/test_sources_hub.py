@@ -147,7 +147,7 @@ def location(server: LoopbackHub, texts: list[str], request: pytest.FixtureReque
 
 def test_every_shipped_source_is_in_the_table() -> None:
     shipped = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert shipped == {*LAYOUT, "enwik8", "books_sample"}
+    assert shipped == {*LAYOUT, "enwik8", "books_sample", "books_denoising"}
 
 
 @pytest.mark.parametrize("name", LAYOUT)
