@@ -104,7 +104,7 @@ def _fit(training: EvalDocuments) -> ByteNgram:
 
 
 def _identity(documents: EvalDocuments, training: EvalDocuments, table: TokenTable) -> str:
-    sources = f"{documents.identity} {training.identity}:{training.source.get('limit')}"
+    sources = f"{documents.identity} {training.identity}"
     digest = hashlib.sha256(f"{NAME} 2 {sources}".encode())
     digest.update(table.doc.tobytes())
     digest.update(table.position.tobytes())

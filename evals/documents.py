@@ -45,8 +45,10 @@ class EvalDocuments:
 
     @property
     def identity(self) -> str:
-        """All that these documents decide about a loss: corpus, split, and what stands in front."""
-        return f"{self.fingerprint}:{self.source.get('split')}:{self.bos_id}"
+        """All that these documents decide about a store of losses: corpus, split, what stands in
+        front, and how many there are, which its sums by document go over."""
+        n_docs = len(self.tokens)
+        return f"{self.fingerprint}:{self.source.get('split')}:{self.bos_id}:{n_docs}"
 
     @property
     def vocab_size(self) -> int:

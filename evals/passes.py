@@ -159,7 +159,7 @@ def deal(parts: Sequence[Part], size: int) -> list[list[Part]]:
 
 
 def _has(path: Path, identity: str) -> bool:
-    return TokenTable.identity_of(path) == identity
+    return TokenTable.load_if_same(path, identity) is not None
 
 
 def _load(part: Part) -> TokenTable:
@@ -167,7 +167,8 @@ def _load(part: Part) -> TokenTable:
     if table is None:
         raise ValueError(
             f"{part.path}: not there, although it was scored; all processes need the same results "
-            "folder, on a file system that they share, and the same checkpoint"
+            "folder, on a file system that they share, and the same checkpoint, and no other "
+            "evaluation may run in that folder (name= gives each its own)"
         )
     return table
 

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ from evals.stats import per_document
 
 STORE_FORMAT = 3
 _COLUMNS = ("doc", "position", "context", "nll", "n_bytes")
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError),
+    *(zipfile.BadZipFile, zlib.error, TokenError),  # of an archive and of an array's header
+)
 
 
 @dataclass(frozen=True)
@@ -102,21 +107,11 @@ class TokenTable:
             with np.load(path) as arrays:
                 meta = json.loads(str(arrays["meta"]))
                 columns = {name: arrays[name] for name in _COLUMNS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"{path}: cannot be read ({error}); delete it and evaluate again"
             ) from error
         return cls(meta=meta, **columns)
-
-    @staticmethod
-    def identity_of(path: Path) -> str | None:
-        """What `path` was written for, without reading its columns; None when absent or damaged."""
-        try:
-            with np.load(path) as arrays:
-                identity: str = json.loads(str(arrays["meta"]))["identity"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None
-        return identity
 
     @classmethod
     def load_if_same(cls, path: Path, identity: str) -> "TokenTable | None":

@@ -413,11 +413,11 @@ def _metric(
 
 
 def load(folder: Path, cell: Cell, identity: str) -> CellScores | None:
-    """The cell when its file was written for `identity`; None when absent or older."""
-    path = folder / f"{cell.name}.json"
-    if not path.exists():
+    """The cell when its file was written for `identity`; None when absent, older or damaged."""
+    try:
+        content = json.loads((folder / f"{cell.name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
     if content["identity"] != identity:
         return None
     doc, right, nll = (np.array(content[key]) for key in ("doc", "right", "nll"))

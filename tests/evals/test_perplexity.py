@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -135,6 +136,31 @@ def test_another_split_of_the_same_corpus_is_scored_anew(tmp_path):
     fresh = run(Recurrent(), splits[1], tmp_path / "fresh", options)
     assert results[0]["metrics"] != results[1]["metrics"]
     assert results[1]["metrics"] == fresh["metrics"]
+
+
+def test_more_documents_add_to_a_store_of_fewer(tmp_path):
+    """All targets may lie in the few; what is stored still counts sums per document."""
+    documents = documents_with([420, 60, 60])
+    few = replace(documents, tokens=documents.tokens[:2], raw_bytes=documents.raw_bytes[:2])
+    run(Recurrent(), few, tmp_path, PerplexityOptions(contexts=(16, 128), protocols=("fixed",)))
+    options = PerplexityOptions(contexts=(16, 64, 128), protocols=("fixed",))
+    more = run(Recurrent(), documents, tmp_path, options)
+    assert more["metrics"] == run(Recurrent(), documents, tmp_path / "fresh", options)["metrics"]
+
+
+@pytest.mark.parametrize("place", ["header", "losses"])
+def test_a_damaged_pass_is_scored_anew(place, tmp_path):
+    documents = documents_with([220, 180, 300])
+    whole = run(Recurrent(), documents, tmp_path)
+    (path,) = (tmp_path / "tokens").glob("stream-*.npz")
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        nll = archive.getinfo("nll.npy")
+    first = nll.header_offset + 30 + len(nll.filename)
+    first += 30 if place == "header" else nll.compress_size - 60
+    content[first : first + 50] = bytes(50)
+    path.write_bytes(content)
+    assert without_timing(run(Recurrent(), documents, tmp_path)) == without_timing(whole)
 
 
 def test_another_token_before_the_documents_is_scored_anew(tmp_path):

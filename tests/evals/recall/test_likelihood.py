@@ -276,6 +276,13 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(evaluated, tmp_path, mon
     assert len(scored) == 3 + 6, "3 depths of 2 probes and 2 lengths of one are 8 cells"
 
 
+def test_a_damaged_cell_is_scored_anew(evaluated, tmp_path):
+    out_dir, whole = evaluated
+    shutil.copytree(out_dir, tmp_path / "again")
+    (tmp_path / "again" / "cells" / "passkey-600-0.json").write_text('{"doc": [0')
+    assert numbers_of(run_suite(tmp_path / "again")) == numbers_of(whole)
+
+
 def test_how_many_run_at_once_changes_nothing_but_rounding(evaluated, tmp_path, monkeypatch):
     _, whole = evaluated
     monkeypatch.setattr(likelihood, "BATCH_TOKENS", 1)
