@@ -31,6 +31,11 @@ def evaluate(arguments: ExtrapolationArguments, command: str) -> None:
     """Scores a model and writes its folder, in every process of the launch."""
     subject = open_subject(arguments)
     train_length = subject.train_length
+    if subject.model.max_tokens is not None and subject.model.max_tokens <= train_length:
+        raise ValueError(
+            f"suite=extrapolation reads beyond the training length ({train_length} tokens), and "
+            "this model takes no more at once; use suite=perplexity"
+        )
     contexts = (
         parse_contexts(arguments.contexts)
         if arguments.contexts

@@ -143,6 +143,11 @@ def evaluate(words: list[str], command: str) -> int:
         check_suite(chosen, (*SUITES, "all"))
     elif any(word.startswith("name=") for word in words):
         raise ValueError("name= names one suite's folder; leave it out of suite=all")
+    elif any(word.startswith("hf=") for word in words):
+        raise ValueError(
+            "suite=all has suite=extrapolation, and a folder of hf= is not read beyond its "
+            "max_position_embeddings; use suite=perplexity, then suite=recall"
+        )
     suites = SUITES if chosen == "all" else {chosen: SUITES[chosen]}
     for suite, arguments in zip(suites.values(), parse_for(suites, words), strict=True):
         suite.evaluate(arguments, command)

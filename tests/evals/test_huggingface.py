@@ -127,6 +127,8 @@ def test_the_command_evaluates_a_folder_on_files(folder, tmp_path, capsys):
         (["text=TEXT"], "needs out="),
         (["out=x", "text=TEXT", "contexts=64,128"], "the model takes 96"),
         (["out=x", "text=TEXT", "contexts=8"], "use stream_tokens=96"),
+        (["out=x", "text=TEXT", "suite=extrapolation"], "length (96 tokens), and this model"),
+        (["out=x", "text=TEXT", "suite=all"], "suite=perplexity, then suite=recall"),
         (["out=x", "text=TEXT", "hf=nowhere"], "hf=nowhere: no such folder"),
         (["out=x", "text=TEXT", "hf=EMPTY"], "holds no tokenizer"),
     ],
