@@ -112,24 +112,43 @@ def load(path: Path, suite: str = "perplexity") -> EvalRun:
     """Reads an evaluation from its folder or from its run's folder.
 
     Raises:
-        ValueError: nothing was evaluated there, or the store lacks a pass.
+        ValueError: nothing was evaluated there, by another suite only, or the store lacks a pass or
+            holds another one.
     """
     folders = [path, path / "eval" / suite]
     found = [folder for folder in folders if (folder / "result.json").is_file()]
     if not found:
         raise ValueError(
             f"{path}: no result.json there or in eval/{suite}; evaluate it first: "
-            f"python launch/evaluate.py run={path} suite={suite} contexts=64..8192"
+            f"python launch/evaluate.py run={path} contexts=64..8192"
+            + (f" name={suite}" if suite != "perplexity" else "")
         )
-    result = json.loads((found[0] / "result.json").read_bytes())
-    if result.get("schema") != SCHEMA:
+    try:
+        result = json.loads((found[0] / "result.json").read_bytes())
+    except ValueError as error:
         raise ValueError(
-            f"{found[0]}/result.json: schema={result.get('schema')}, this code reads {SCHEMA}; "
+            f"{found[0]}/result.json: cannot be read ({error}); evaluate again, what is scored is "
+            "kept"
+        ) from error
+    if result.get("suite") != "perplexity":
+        raise ValueError(
+            f"{found[0]}/result.json: is of suite={result.get('suite')}; only results of "
+            "suite=perplexity are compared"
+        )
+    if result["schema"] != SCHEMA:
+        raise ValueError(
+            f"{found[0]}/result.json: schema={result['schema']}, this code reads {SCHEMA}; "
             "evaluate it again"
         )
     tables = {}
     for record in result["protocols"]:
-        tables[record["pass"]] = TokenTable.load(found[0] / "tokens" / f"{record['pass']}.npz")
+        stored = found[0] / "tokens" / f"{record['pass']}.npz"
+        tables[record["pass"]] = table = TokenTable.load(stored)
+        if table.meta["identity"] != record["identity"]:
+            raise ValueError(
+                f"{stored}: is not the pass that result.json is about; evaluate again, what is "
+                "scored is kept"
+            )
     return EvalRun(result["name"], result, tables)
 
 

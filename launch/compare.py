@@ -9,7 +9,8 @@ verdict per context, then what was found in words; `out=` also writes report.htm
 report.png there and prints the page's path last.
 
 Runs that differ in the seed alone are one row, their mean, with the spread between seeds beside it.
-All pairs are compared, each verdict read from a band that holds all contexts and all pairs at once;
+Evaluations of one name, such as two checkpoints of a run, are called by their paths. All pairs are
+compared, each verdict read from a band that holds all contexts and all pairs at once;
 `baseline=NAME` compares the others with that one only, which narrows the bands. `ngram=true` adds a
 byte 5-gram trained on the first run's text. `suite=` is the folder below RUN/eval. `allow=policy`
 or `allow=precision` lets that difference pass and says so in the report.
@@ -18,7 +19,8 @@ Exit codes: 0 done, 2 bad input or runs that do not compare.
 """
 
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,7 +64,7 @@ def compare_runs(paths: list[Path], options: CompareArguments) -> None:
     """Prints what was found, and writes the page where `out` names a folder."""
     if not paths:
         raise ValueError("no runs; use compare.py runs/A runs/B out=runs/compared")
-    runs = seeds.group([load(path, options.suite) for path in paths])
+    runs = seeds.group(named_apart([load(path, options.suite) for path in paths], paths))
     if options.baseline:
         runs = with_first(runs, options.baseline)
     out_dir = Path(options.out) if options.out else None
@@ -77,15 +79,26 @@ def compare_runs(paths: list[Path], options: CompareArguments) -> None:
         print(report.write(runs, out_dir, comparisons, allow))
 
 
+def named_apart(runs: list[EvalRun], paths: list[Path]) -> list[EvalRun]:
+    """The runs, those that share a name (two checkpoints of one training) by their paths."""
+    times = Counter(run.name for run in runs)
+    return [
+        replace(run, name=str(path), result={**run.result, "name": str(path)})
+        if times[run.name] > 1
+        else run
+        for run, path in zip(runs, paths, strict=True)
+    ]
+
+
 def with_first(runs: list[EvalRun], name: str) -> list[EvalRun]:
     """The runs, the one called so (by its row, its training or its path) in front.
 
     Raises:
         ValueError: there is none.
     """
-    wanted = Path(name).name
+    wanted = {name, str(Path(name)), Path(name).name}
     for run in runs:
-        if wanted in (run.name, *(training.name for training in run.trainings)):
+        if wanted & {run.name, *(training.name for training in run.trainings)}:
             return [run, *(other for other in runs if other is not run)]
     names = ", ".join(run.name for run in runs)
     raise ValueError(f"baseline={name}: no such run; there are: {names}")

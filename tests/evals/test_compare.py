@@ -206,9 +206,25 @@ def test_missing_or_damaged_results_say_what_to_do(tmp_path):
     (tmp_path / "tokens" / "position-64.npz").unlink()
     with pytest.raises(ValueError, match=r"position-64.npz: cannot be read"):
         compare.load(tmp_path)
+    (tmp_path / "result.json").write_text('{"schema"')
+    with pytest.raises(ValueError, match=r"result.json: cannot be read .* evaluate again"):
+        compare.load(tmp_path)
+    (tmp_path / "result.json").write_text('{"schema": "x", "suite": "extrapolation"}')
+    with pytest.raises(ValueError, match=r"is of suite=extrapolation; only .*perplexity"):
+        compare.load(tmp_path)
 
 
-def test_ngram_joins_as_a_run_over_the_same_tokens(oracle, tmp_path):
+def test_losses_that_the_result_is_not_about_are_refused(tmp_path):
+    """Another evaluation may have begun in the folder and been killed."""
+    evaluate(Recurrent(seed=0), tmp_path, "toy")
+    evaluate(Recurrent(seed=1), tmp_path / "other", "toy")
+    name = "position-64.npz"
+    (tmp_path / "other" / "tokens" / name).rename(tmp_path / "tokens" / name)
+    with pytest.raises(ValueError, match=f"{name}: is not the pass that result.json is about"):
+        compare.load(tmp_path)
+
+
+def test_ngram_joins_as_a_run_over_the_same_tokens(oracle, tmp_path, monkeypatch):
     """A bigram source: the 5-gram learns it, so it must beat uniform and not beat the oracle."""
     training, _ = markov_documents([4000] * 8, vocab_size=12, seed=0)
     training = EvalDocuments(
@@ -225,11 +241,11 @@ def test_ngram_joins_as_a_run_over_the_same_tokens(oracle, tmp_path):
     by_context = [ngram.tables[name].nll for name in ngram.tables if name.startswith("fixed")]
     assert np.array_equal(by_context[0], by_context[1]), "it has no context axis"
 
-    def nothing_to_fit():
+    def nothing_to_fit(documents):
         raise AssertionError("the kept losses must be found again")
 
-    training_again = dataclasses.replace(training, tokens=[np.array([], np.uint16)] * 0)
-    again = baseline.evaluate(DOCUMENTS, training_again, oracle, tmp_path)
+    monkeypatch.setattr(baseline, "_fit", nothing_to_fit)
+    again = baseline.evaluate(DOCUMENTS, training, oracle, tmp_path)
     assert np.array_equal(again.tables["position-64"].nll, ngram.tables["position-64"].nll)
 
 

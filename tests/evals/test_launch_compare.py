@@ -1,6 +1,8 @@
 """The comparing command end to end on tiny models, and one clear error for each bad input."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,13 @@ def test_without_a_folder_nothing_is_written(runs, tmp_path, capsys, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_two_evaluations_of_one_training_compare_by_their_paths(runs, tmp_path, capsys):
+    first = Path(runs["wide"]) / "eval" / "perplexity"
+    second = shutil.copytree(first, tmp_path / "later")
+    assert compare.main([str(first), str(second), f"baseline={second}/"]) == 0
+    assert f"{second} against {first}, by context: no difference shown" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -94,7 +103,8 @@ def test_without_a_folder_nothing_is_written(runs, tmp_path, capsys, monkeypatch
         (["WIDE", "baseline=other"], "baseline=other: no such run; there are: wide"),
         (["WIDE", "allow=gates"], "allow=gates: choose from policy, precision"),
         (["WIDE", "suite=lra"], "eval/lra"),
-        (["WIDE", "WIDE"], "runs=wide,wide: each needs a name of its own"),
+        (["WIDE", "WIDE"], "/wide: each needs a name of its own"),
+        (["WIDE", "suite=mine"], "contexts=64..8192 name=mine"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(runs, words, message, capsys, monkeypatch):
