@@ -51,7 +51,8 @@ DEFINITIONS = {
     "that are compared, at once: the 95 % quantile of the largest |t| over bootstrap draws of "
     "documents (Bonferroni's below 20 documents)",
     "between seeds": "Welch's 95 % interval of the difference over trainings, the documents held "
-    "fixed; of one context and pair alone",
+    "fixed; of one context and pair alone (`within seeds` is read from a wider one, Bonferroni's "
+    "over all pairs)",
 }
 
 

@@ -149,14 +149,16 @@ def _bootstrap_t(sums: np.ndarray, weights: np.ndarray, draws: int, seed: int) -
     return np.concatenate(parts)
 
 
-def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of mean(a) - mean(b) under unequal spread; None where a side has one value."""
+def welch(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Interval of mean(a) - mean(b) under unequal spread; None where a side has one value."""
     if min(len(a), len(b)) < 2:
         return None
     if np.ptp(a) == np.ptp(b) == 0:
         difference = float(np.mean(a) - np.mean(b))
         return difference, difference
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(confidence)
     return float(interval.low), float(interval.high)
 
 

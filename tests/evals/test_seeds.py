@@ -82,6 +82,21 @@ def test_a_difference_that_seeds_could_make_is_said_to_be_within_seeds(base):
         assert v.difference.value == pytest.approx(-0.1, abs=1e-6)
 
 
+def test_seeds_of_many_rows_differ_somewhere_by_chance(base):
+    """t = 3.5 with four degrees of freedom: beyond 95 % of one pair, not of three."""
+    runs = [
+        trained(base, row, seed, shift + 0.035 * (seed - 1))
+        for row, shift in (("a", 0.0), ("b", 0.1), ("c", 0.1))
+        for seed in range(3)
+    ]
+    a, b, c = seeds.group(runs)
+    (alone,) = compare.compare([a, b])
+    assert {v.verdict for v in alone.verdicts} == {"a better"}
+    among = compare.compare([a, b, c])[0]
+    assert {v.verdict for v in among.verdicts} == {"a better (within seeds)"}
+    assert among.verdicts[0].between_seeds == alone.verdicts[0].between_seeds
+
+
 def test_one_seed_has_no_interval_between_seeds():
     assert stats.welch([1.0, 2.0], [1.0]) is None
     assert stats.welch([1.0, 1.0], [0.5, 0.5]) == (0.5, 0.5)
