@@ -258,6 +258,7 @@ def run(
     checked: list[gates.GateResult] = []
     tables: dict[str, TokenTable] = {}
 
+    perplexity.check_replaces_no_larger(out_dir, documents)
     with (processes or Processes()).scope() as among:
         if among.is_main:
             for stale in OUTPUTS:

@@ -182,7 +182,8 @@ def run(
         The content of result.json, in every process.
 
     Raises:
-        ValueError: an option is wrong, or no document is long enough.
+        ValueError: an option is wrong, no document is long enough, or `out_dir` holds an
+            evaluation of more documents.
         GateFailure: a gate did not hold; earlier results in `out_dir` are gone by then.
         ProcessLost: another process died or hangs.
     """
@@ -211,6 +212,7 @@ def run(
         write_bytes(out_dir / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
         return rebuild(out_dir)
 
+    check_replaces_no_larger(out_dir, documents)
     with (processes or Processes()).scope() as among:
         if among.is_main:
             for stale in OUTPUTS:
@@ -332,6 +334,28 @@ def header(
         },
         "env": environment(model.device),
     }
+
+
+def check_replaces_no_larger(out_dir: Path, documents: EvalDocuments) -> None:
+    """A quick look at a few documents must not cost the evaluation of all.
+
+    Raises:
+        ValueError: `out_dir` holds an evaluation of more documents of the same text.
+    """
+    try:
+        data = json.loads((out_dir / FACTS).read_bytes())["data"]
+    except (OSError, ValueError, KeyError):
+        return
+    held, given = data["n_docs"], len(documents.tokens)
+    same_text = (data["fingerprint"], data.get("split")) == (
+        documents.fingerprint,
+        documents.source.get("split"),
+    )
+    if same_text and held > given:
+        raise ValueError(
+            f"limit={given}: {out_dir} holds an evaluation of {held} documents, which this one "
+            f"would replace; use name=quick, or delete the folder"
+        )
 
 
 def derive(tables: Sequence[TokenTable], train_length: int) -> list[Metric]:

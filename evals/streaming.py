@@ -39,6 +39,7 @@ from torch import Tensor
 from evals import plots
 from evals.live_bytes import LiveBytes
 from evals.store import write_bytes
+from pretrain.config import CONFIG_DIR, load_config
 from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, ModelState
 
@@ -51,6 +52,12 @@ LARGEST_EXPONENT = 1.1
 token at 32k as at 2k. Attention to everything tends to 2."""
 FEWEST_ROUNDS = 6
 """With fewer there is no 95 % interval for a median without assumptions."""
+
+
+def tiny_models() -> list[str]:
+    """The names of all decoders among configs/model/*_tiny.yaml."""
+    names = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*_tiny.yaml"))
+    return [name for name in names if not load_config([f"model={name}"]).model.has_encoder]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from evals.recall import suite as recall_suite
 from evals.recall.suite import RecallArguments
 from evals.subject import SubjectArguments
 from pretrain.command_line import parse
-from pretrain.config import CONFIG_DIR, load_config
+from pretrain.config import load_config
 from pretrain.models import LanguageModel
 from pretrain.training.manifest import CheckpointError
 
@@ -70,7 +70,7 @@ class StreamingArguments:
     """Everything `evaluate.py streaming` understands; see `StreamingOptions`, lengths in tokens."""
 
     out: str = ""
-    models: str = ""  # of configs/model/, or .yaml files; default: every *_tiny
+    models: str = ""  # of configs/model/, or .yaml files; default: every *_tiny decoder
     contexts: str = "2048..262144"
     lengths: str = "2048..32768"
     growing_tokens: int = 8192
@@ -211,8 +211,7 @@ def measure_streaming(arguments: StreamingArguments, command: str) -> int:
     """Measures untrained models one after the other; what is done so far is in the files."""
     if not arguments.out:
         raise ValueError("out= is missing; use streaming models=swa_tiny,bst_tiny out=DIR")
-    tiny = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*_tiny.yaml"))
-    names = arguments.models.split(",") if arguments.models else tiny
+    names = arguments.models.split(",") if arguments.models else streaming.tiny_models()
     options = streaming.StreamingOptions(
         contexts=parse_contexts(arguments.contexts),
         lengths=parse_contexts(arguments.lengths),
@@ -224,6 +223,10 @@ def measure_streaming(arguments: StreamingArguments, command: str) -> int:
     if options.problems():
         raise ValueError("; ".join(options.problems()))
     configs = [load_config([f"model={name}"]).model for name in names]
+    if readers := [name for name, c in zip(names, configs, strict=True) if c.has_encoder]:
+        raise ValueError(
+            f"models={','.join(readers)}: an encoder reads all of its input at once; leave it out"
+        )
     measurements = []
     for name, config in zip(names, configs, strict=True):
         model = LanguageModel(replace(config, vocab_size=streaming.VOCABULARY))

@@ -22,7 +22,7 @@ from typing import Any
 
 from evals import gates, plots, tensorboard
 from evals.documents import EvalDocuments
-from evals.perplexity import FACTS, header
+from evals.perplexity import FACTS, check_replaces_no_larger, header
 from evals.processes import Processes
 from evals.protocols import parse_contexts
 from evals.recall import likelihood, probe_report
@@ -133,6 +133,7 @@ def run(
             f"than the {model.max_tokens} that the model reads; use lengths up to "
             f"{model.max_tokens - SPAN_TOKENS}"
         )
+    check_replaces_no_larger(out_dir, documents)
     with (processes or Processes()).scope() as among:
         if among.is_main:
             for stale in OUTPUTS:

@@ -50,6 +50,16 @@ def test_uniform_model_reports_ln_v_and_log2_v_bits_per_byte(tmp_path):
     assert values(result, "gain") == pytest.approx({32: 0.0, 64: 0.0}, abs=1e-6)
 
 
+def test_a_quick_look_does_not_replace_an_evaluation_of_more_documents(tmp_path):
+    documents = documents_with([100, 80, 90])
+    run(Uniform(32), documents, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    few = replace(documents, tokens=documents.tokens[:2], raw_bytes=documents.raw_bytes[:2])
+    with pytest.raises(ValueError, match=r"holds an evaluation of 3 documents.*use name=quick"):
+        run(Uniform(32), few, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_bigram_oracle_reports_the_entropy_rate_of_its_source(tmp_path):
     documents, table = markov_documents([3000] * 24, vocab_size=12, seed=1)
     result = run(Bigram(table), documents, tmp_path)

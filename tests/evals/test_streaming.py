@@ -12,11 +12,11 @@ from evals import streaming
 from evals.streaming import Measurement
 from launch import evaluate
 from pretrain import mixers
-from pretrain.config import CONFIG_DIR, load_config
+from pretrain.config import load_config
 from pretrain.mixers.attention import Attention
 from pretrain.models import LanguageModel
 
-TINY = sorted(path.stem for path in (CONFIG_DIR / "model").glob("*_tiny.yaml"))
+TINY = streaming.tiny_models()
 SEGMENT = 128
 
 HONEST = Measurement(
@@ -101,6 +101,7 @@ def test_the_interval_holds_the_median_whatever_the_noise() -> None:
     [
         ("models=swa_tiny", "out= is missing"),
         ("out=x models=swa_tny", "did you mean 'swa_tiny'"),
+        ("out=x models=t5_tiny", "models=t5_tiny: an encoder reads all of its input at once"),
         ("out=x contexts=2048,3000", "a multiple of segment_tokens=2048"),
         ("out=x contexts=4096,2048", "at least two, rising"),
         ("out=x growing_tokens=2048", "choose at least 4096"),
