@@ -47,6 +47,7 @@ def _pure(name: str, options: dict[str, Any], d_ff: int) -> Row:
 
 
 ROWS: dict[str, Row] = {
+    "attention": _pure("attention", {"n_heads": 4, "qk_norm": True}, 256),
     "swa": _pure("swa", _SWA, 256),
     "spade": Row(LayersConfig(default="swa", at={0: "spade"}), {"swa": _SWA, "spade": _SPADE}, 240),
     "s4": _pure("s4", _SSM, 288),
