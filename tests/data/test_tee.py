@@ -118,7 +118,10 @@ def test_a_shard_lost_within_a_finished_part_is_made_again(
     fingerprint = Corpus.open(folder).fingerprint
     first = folder / "train" / "00000-00000.bin"
     assert first.with_name("00000-00001.bin").exists(), "more of the part would be lost with it"
-    first.write_bytes(first.read_bytes()[:100])
+    # Another file in its place: the first loader's threads may still read the one they have mapped.
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(first.read_bytes()[:100])
+    damaged.replace(first)
     assert torch.equal(rows_of(loader_of(source, new_tee(source, folder)), 0, N_STEPS), plain)
     assert verify(folder) == []
     assert Corpus.open(folder).fingerprint == fingerprint
