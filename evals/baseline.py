@@ -14,8 +14,8 @@ import numpy as np
 
 from evals.compare import EvalRun
 from evals.documents import EvalDocuments
+from evals.metrics import derive
 from evals.ngram import ORDER, ByteNgram
-from evals.perplexity import derive
 from evals.store import TokenTable
 
 NAME = f"byte {ORDER}-gram"

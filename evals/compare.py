@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evals import stats
-from evals.perplexity import SCHEMA, Sums, curve_bands
+from evals.metrics import Sums, curve_bands
+from evals.perplexity import SCHEMA
 from evals.store import TokenTable
 
 NO_DIFFERENCE = "no difference shown"

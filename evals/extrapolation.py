@@ -50,8 +50,16 @@ import numpy as np
 
 from evals import concat, gates, perplexity, plots, protocols, stats, tensorboard
 from evals.documents import EvalDocuments
+from evals.facts import (
+    FACTS,
+    check_replaces_no_larger,
+    costs,
+    header,
+    load_facts,
+    protocol_record,
+)
+from evals.metrics import Metric, curve_csv
 from evals.passes import score_passes
-from evals.perplexity import FACTS, Metric
 from evals.processes import Processes
 from evals.protocols import Pass
 from evals.score import ScoredModel, model_identity
@@ -258,7 +266,7 @@ def run(
     checked: list[gates.GateResult] = []
     tables: dict[str, TokenTable] = {}
 
-    perplexity.check_replaces_no_larger(out_dir, documents)
+    check_replaces_no_larger(out_dir, documents)
     with (processes or Processes()).scope() as among:
         if among.is_main:
             for stale in OUTPUTS:
@@ -303,13 +311,13 @@ def run(
                 "schema": SCHEMA,
                 "suite": "extrapolation",
                 "name": name,
-                **perplexity.header(model, documents, train_length, provenance or {}),
+                **header(model, documents, train_length, provenance or {}),
                 "options": {**asdict(options), "contexts": list(options.contexts)},
                 "left_out": [{"context": c, "n_docs": n} for c, n in todo.left_out.items()],
                 "concat_ends_at": todo.concat_end,
-                "protocols": [perplexity.protocol_record(s, tables[s.name]) for s in passes],
+                "protocols": [protocol_record(s, tables[s.name]) for s in passes],
                 "gates": [gate.as_dict() for gate in checked],
-                "cost": perplexity.costs(tables),
+                "cost": costs(tables),
             }
             facts["model"]["weights_sha256"] = before
             write_bytes(out_dir / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
@@ -329,7 +337,7 @@ def rebuild(out_dir: Path) -> dict[str, Any]:
         ValueError: nothing was evaluated there, a pass is missing, or it is not the one that the
             facts are about.
     """
-    facts, tables = perplexity.load_facts(out_dir, SCHEMA)
+    facts, tables = load_facts(out_dir, SCHEMA)
     result = {**facts, **derive(tables, facts)}
     scalars = [*result["metrics"], *concat_metrics(result["concat"])]
     tensorboard.write(scalars, out_dir, result["model"].get("trained_steps", 0))
@@ -554,4 +562,4 @@ def to_csv(result: dict[str, Any]) -> str:
         if row["name"] == "gain_beyond_training":
             row["verdict"] = words[row["context"]]
         rows.append(row)
-    return perplexity.curve_csv(rows, ("multiple", "verdict"))
+    return curve_csv(rows, ("multiple", "verdict"))

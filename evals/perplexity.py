@@ -11,35 +11,27 @@ What is scored is kept: a second run with the same weights, data and protocol re
 one machine with one number of threads, `result.json` of an interrupted and resumed run, of one
 process or several, differs in `created`, `command` and `cost` only (evals/passes.py says why).
 
-Metrics, with S the summed loss over a set of tokens and a 95 % interval by document for each:
-
-    nll        S / tokens, in nats                  token_ppl   exp(nll)
-    word_ppl   exp(S / words) over tokens that stand for text, where all of the text was scored
-    bpb        S / (ln 2 bytes) over tokens that stand for text
-    bpb_eos    the same with EOS charged, in the numerator only
-    gain       nll(C_0) - nll(C), paired: what the context beyond the smallest one buys
-    gain_beyond_training   nll(C_L) - nll(C), C_L the largest context within the training length
-
-Curves over contexts (nll, bpb, gains) also have `band95`, which holds the whole curve at once.
+The metrics are those of evals/metrics.py.
 """
 
-import csv
-import io
-import itertools
 import json
-import platform
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from evals import gates, plots, protocols, stats, tensorboard
+from evals import gates, plots, protocols, tensorboard
 from evals.documents import EvalDocuments
+from evals.facts import (
+    FACTS,
+    check_replaces_no_larger,
+    costs,
+    header,
+    load_facts,
+    protocol_record,
+)
+from evals.metrics import curve_csv, derive
 from evals.passes import score_passes
 from evals.processes import Processes
 from evals.protocols import Pass
@@ -49,11 +41,8 @@ from evals.store import TokenTable, write_bytes
 SCHEMA = "longspan.eval.perplexity/2"
 DEFAULT_PROTOCOLS = ("fixed", "position", "stream", "nonoverlap")
 PROTOCOLS = (*DEFAULT_PROTOCOLS, "sliding", "truncate")
-FACTS = "facts.json"
 OUTPUTS = (FACTS, "result.json", "curve.csv", "curve.png", "report.html", "report.md", "report.png")
 """What a failed evaluation must not leave standing from an earlier one."""
-
-Metric = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -254,281 +243,3 @@ def rebuild(out_dir: Path) -> dict[str, Any]:
     write_bytes(out_dir / "curve.png", plots.to_png(plots.curve_figure([result])))
     write_bytes(out_dir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
-
-
-def load_facts(out_dir: Path, schema: str) -> tuple[dict[str, Any], list[TokenTable]]:
-    """facts.json and the passes that it is about.
-
-    Args:
-        out_dir: the folder of an evaluation.
-        schema: of the suite.
-
-    Raises:
-        ValueError: nothing was evaluated there, a pass is missing, or it is another one.
-    """
-    try:
-        facts = json.loads((out_dir / FACTS).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{out_dir / FACTS}: cannot be read ({error}); evaluate again, what is scored is kept"
-        ) from error
-    if facts["schema"] != schema:
-        raise ValueError(
-            f"{out_dir / FACTS}: schema={facts['schema']}, this code reads {schema}; evaluate again"
-        )
-    tables = []
-    for record in facts["protocols"]:
-        path = out_dir / "tokens" / f"{record['pass']}.npz"
-        tables.append(TokenTable.load(path))
-        if tables[-1].meta["identity"] != record["identity"]:
-            raise ValueError(
-                f"{path}: is not the pass that {FACTS} is about; evaluate again, what is scored is "
-                "kept"
-            )
-    return facts, tables
-
-
-def costs(tables: Mapping[str, TokenTable]) -> list[dict[str, Any]]:
-    """Tokens, seconds and memory of every pass."""
-    return [
-        {"pass": key, "context": table.meta["context"], **table.meta["cost"]}
-        for key, table in tables.items()
-    ]
-
-
-def header(
-    model: ScoredModel,
-    documents: EvalDocuments,
-    train_length: int,
-    provenance: dict[str, Any],
-) -> dict[str, Any]:
-    """What a result.json says first: what was evaluated, on what, where and when."""
-    about_model = dict(provenance)
-    return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": about_model.pop("command", ""),
-        "model": {
-            **about_model,
-            "precision": model.precision,
-            "vocab_size": model.vocab_size,
-            "reset_grid": model.reset_grid,
-            "train_length": train_length,
-            "start_id": documents.bos_id,
-        },
-        "tokenizer": {
-            "sha256": documents.tokenizer_sha256,
-            "vocab_size": documents.vocab_size,
-            "lossless": documents.lossless(),
-        },
-        "data": {
-            **documents.source,
-            "fingerprint": documents.fingerprint,
-            "text_sha256": documents.text_sha256(),
-            "n_docs": len(documents.tokens),
-            "n_tokens": sum(documents.lengths),
-            "n_bytes": sum(documents.raw_bytes),
-        },
-        "policy": {
-            "start": "each document behind what preceded documents in the model's training",
-            "documents": "isolated",
-        },
-        "env": environment(model.device),
-    }
-
-
-def check_replaces_no_larger(out_dir: Path, documents: EvalDocuments) -> None:
-    """A quick look at a few documents must not cost the evaluation of all.
-
-    Raises:
-        ValueError: `out_dir` holds an evaluation of more documents of the same text.
-    """
-    try:
-        data = json.loads((out_dir / FACTS).read_bytes())["data"]
-    except (OSError, ValueError, KeyError):
-        return
-    held, given = data["n_docs"], len(documents.tokens)
-    same_text = (data["fingerprint"], data.get("split")) == (
-        documents.fingerprint,
-        documents.source.get("split"),
-    )
-    if same_text and held > given:
-        raise ValueError(
-            f"limit={given}: {out_dir} holds an evaluation of {held} documents, which this one "
-            f"would replace; use name=quick, or delete the folder"
-        )
-
-
-def derive(tables: Sequence[TokenTable], train_length: int) -> list[Metric]:
-    """Every metric of the suite, from the token store alone."""
-    metrics: list[Metric] = []
-    bands = curve_bands(tables, [_level_sums(table) for table in tables])
-    for table, band in zip(tables, bands, strict=True):
-        for metric in _level_metrics(table):
-            edges = band.get(metric["name"])
-            metrics.append({**metric, "band95": list(edges) if edges else None})
-        if table.meta["protocol"] in ("position", "stream"):
-            metrics += _position_metrics(table)
-    fixed = [table for table in tables if table.meta["protocol"].startswith("fixed")]
-    if len(fixed) > 1:
-        metrics += _gain_metrics("gain", fixed[0], fixed[1:])
-        within = [table for table in fixed if table.meta["context"] <= train_length]
-        beyond = fixed[len(within) :]
-        if within and beyond:
-            metrics += _gain_metrics("gain_beyond_training", within[-1], beyond)
-    return metrics
-
-
-Sums = tuple[np.ndarray, np.ndarray]
-"""Numerators and denominators of one quantity, (n_docs,) each."""
-
-
-def curve_bands(
-    tables: Sequence[TokenTable], measured: Sequence[Mapping[str, Sums]]
-) -> list[dict[str, tuple[float, float]]]:
-    """The simultaneous bands of all curves over contexts.
-
-    Args:
-        tables: passes; those of one protocol with several settings are the points of one curve, and
-            so are the same passes of several pairs of models.
-        measured: for each table, what was measured there, by metric.
-
-    Returns:
-        For each table, by metric, its edges of the band that holds the whole curve at once; nothing
-        where the pass is no point of a curve, or there is one document.
-    """
-    curves: dict[tuple[str, str], list[int]] = {}
-    for k, table in enumerate(tables):
-        for metric in measured[k]:
-            curves.setdefault((protocols.family(table.meta["protocol"]), metric), []).append(k)
-    bands: list[dict[str, tuple[float, float]]] = [{} for _ in tables]
-    for (_, metric), curve in curves.items():
-        if len(curve) == 1:
-            continue
-        sums, weights = (
-            np.stack([measured[k][metric][side] for k in curve], axis=1) for side in (0, 1)
-        )
-        band = stats.simultaneous_band(sums, weights)
-        if band is not None:
-            for k, (low, high) in zip(curve, band.tolist(), strict=True):
-                bands[k][metric] = (low, high)
-    return bands
-
-
-def _level_sums(table: TokenTable) -> dict[str, Sums]:
-    sums = {"nll": table.nats_and_tokens(), "bpb": table.bits_and_bytes()}
-    return {name: pair for name, pair in sums.items() if pair[1].sum()}
-
-
-def _level_metrics(table: TokenTable) -> list[Metric]:
-    nats, tokens = table.nats_and_tokens()
-    bits, n_bytes = table.bits_and_bytes()
-    nll = stats.ratio(nats, tokens)
-    metrics = [
-        _metric("nll", "nats/token", table, nll),
-        _metric("token_ppl", "per token", table, _exponential(nll)),
-    ]
-    if n_bytes.sum():
-        with_text = int((table.n_bytes > 0).sum())
-        if table.meta["n_words"]:
-            per_word = stats.ratio(bits * np.log(2.0), table.meta["n_words"], with_text)
-            metrics.append(_metric("word_ppl", "per word", table, _exponential(per_word)))
-        metrics.append(_metric("bpb", "bits/byte", table, stats.ratio(bits, n_bytes, with_text)))
-        if with_text < len(table.nll):
-            charged = stats.ratio(nats / np.log(2.0), n_bytes, len(table.nll))
-            metrics.append(_metric("bpb_eos", "bits/byte", table, charged))
-    return metrics
-
-
-def _exponential(loss: stats.Estimate) -> stats.Estimate:
-    """A perplexity of a mean loss; its error by the delta method, its interval's edges exactly."""
-    value = float(np.exp(loss.value))
-    return replace(
-        loss,
-        value=value,
-        se=None if loss.se is None else value * loss.se,
-        ci95=loss.ci95 and (float(np.exp(loss.ci95[0])), float(np.exp(loss.ci95[1]))),
-    )
-
-
-def _position_metrics(table: TokenTable) -> list[Metric]:
-    """l(i) in log-spaced buckets of position."""
-    edges = protocols.log_buckets(int(table.position.max()) + 1)
-    metrics = []
-    for low, high in itertools.pairwise(edges):
-        rows = (table.position >= low) & (table.position < high)
-        nats, tokens = table.select(rows).nats_and_tokens()
-        metric = _metric("nll_at_position", "nats/token", table, stats.ratio(nats, tokens))
-        metrics.append({**metric, "position": [int(low), int(high)]})
-    return metrics
-
-
-def _gain_metrics(name: str, base: TokenTable, others: Sequence[TokenTable]) -> list[Metric]:
-    """Paired gains over one context, with a band that holds all of them at once."""
-    base_nats, tokens = base.nats_and_tokens()
-    gains = np.stack([base_nats - other.nats_and_tokens()[0] for other in others], axis=1)
-    band = stats.simultaneous_band(gains, np.repeat(tokens[:, None], len(others), axis=1))
-    metrics = []
-    for k, other in enumerate(others):
-        metric = _metric(name, "nats/token", other, stats.ratio(gains[:, k], tokens))
-        edges = None if band is None else band[k].tolist()
-        metrics.append({**metric, "baseline_context": base.meta["context"], "band95": edges})
-    return metrics
-
-
-def _metric(name: str, unit: str, table: TokenTable, estimate: stats.Estimate) -> Metric:
-    return {
-        "name": name,
-        "unit": unit,
-        "protocol": table.meta["protocol"],
-        "context": table.meta["context"],
-        **estimate.as_dict(),
-    }
-
-
-def protocol_record(scoring: Pass, table: TokenTable) -> dict[str, Any]:
-    """What a result.json says of a pass."""
-    return {
-        "pass": scoring.name,
-        "id": scoring.protocol,
-        "context": scoring.context,
-        "settings": scoring.settings,
-        "identity": table.meta["identity"],
-        "n_docs": len(np.unique(table.doc)),
-        "n_tokens": len(table.nll),
-        "context_seen": [int(table.context.min()), int(table.context.max())],
-    }
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware behind the numbers."""
-    on_gpu = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
-        "threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "machine": platform.machine(),
-    }
-
-
-def curve_csv(metrics: Sequence[Metric], more_columns: Sequence[str] = ()) -> str:
-    """All metrics as one table."""
-    columns = "protocol name unit context position_from position_to value se ci95_low ci95_high"
-    columns += " band95_low band95_high n_docs n_tokens n_docs_low"
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, [*columns.split(), *more_columns], extrasaction="ignore", lineterminator="\n"
-    )
-    writer.writeheader()
-    for metric in metrics:
-        row = dict(metric)
-        for key, targets in (
-            ("position", ("position_from", "position_to")),
-            ("ci95", ("ci95_low", "ci95_high")),
-            ("band95", ("band95_low", "band95_high")),
-        ):
-            row.update(zip(targets, row.get(key) or (), strict=False))
-        writer.writerow(row)
-    return text.getvalue()

@@ -15,7 +15,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from evals.compare import EvalRun, incomparable, shared_passes
-from evals.perplexity import derive
+from evals.metrics import derive
 from evals.store import TokenTable
 from pretrain.config import RunConfig
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from evals import gates, plots, tensorboard
 from evals.documents import EvalDocuments
-from evals.perplexity import FACTS, check_replaces_no_larger, header
+from evals.facts import FACTS, check_replaces_no_larger, header, read_facts
 from evals.processes import Processes
 from evals.protocols import parse_contexts
 from evals.recall import likelihood, probe_report
@@ -192,16 +192,7 @@ def derive(out_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: nothing was evaluated there, or a cell is missing or another one.
     """
-    try:
-        facts = json.loads((out_dir / FACTS).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{out_dir / FACTS}: cannot be read ({error}); evaluate again, what is scored is kept"
-        ) from error
-    if facts["schema"] != SCHEMA:
-        raise ValueError(
-            f"{out_dir / FACTS}: schema={facts['schema']}, this code reads {SCHEMA}; evaluate again"
-        )
+    facts = read_facts(out_dir, SCHEMA)
     wanted = {Cell(c["probe"], c["length"], c["depth"]): c["identity"] for c in facts["cells"]}
     scores = likelihood.load_all(out_dir / "cells", wanted)
     result = {

@@ -11,6 +11,7 @@ from toy_models import Bigram, Copy, Recurrent, Uniform, documents_of, markov_do
 from toy_models import random_documents as documents_with
 
 from evals import perplexity, plots
+from evals.facts import FACTS
 from evals.perplexity import PerplexityOptions
 from evals.store import TokenTable
 
@@ -104,7 +105,7 @@ def test_rebuilding_restores_every_file_from_the_store_and_the_facts(tmp_path):
     whole = run(Recurrent(), documents_with([220, 180, 300]), tmp_path)
     files = {name: (tmp_path / name).read_bytes() for name in ("result.json", "curve.csv")}
     for path in tmp_path.glob("*.*"):
-        if path.name != perplexity.FACTS:
+        if path.name != FACTS:
             path.unlink()
     assert perplexity.rebuild(tmp_path) == whole
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
