@@ -6,16 +6,20 @@ which appears when it is whole; a second start trains only what has none.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
+
+from pretrain.training.environment import visible_gpus
 
 Result = dict[str, Any]
 
@@ -66,7 +70,12 @@ def run_all(experiment: Experiment, out_dir: Path, workers: int) -> list[Result]
     results: list[Result] = []
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers' libraries when they are loaded
     # Spawned, because a forked process cannot use a GPU that its parent has used.
-    pool = ProcessPoolExecutor(min(workers, len(searches)), get_context("spawn"))
+    context = get_context("spawn")
+    gpus: SimpleQueue[str] = context.SimpleQueue()  # one name per worker, in turn
+    n_workers = min(workers, len(searches))
+    for gpu in itertools.islice(itertools.cycle(visible_gpus()), n_workers):
+        gpus.put(gpu)
+    pool = ProcessPoolExecutor(n_workers, context, _take_gpu, (gpus,))
     try:
         futures = [pool.submit(search, experiment, row, seed, out_dir) for row, seed in searches]
         bar = tqdm(as_completed(futures), total=len(futures), desc="models x seeds", unit="search")
@@ -75,6 +84,12 @@ def run_all(experiment: Experiment, out_dir: Path, workers: int) -> list[Result]
     finally:
         pool.shutdown(cancel_futures=True)
     return results
+
+
+def _take_gpu(gpus: "SimpleQueue[str]") -> None:
+    """Gives a worker, which has not used CUDA yet, the next of the GPUs if there are any."""
+    if not gpus.empty():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
 
 def search(experiment: Experiment, row: str, seed: int, out_dir: Path) -> list[Result]:

@@ -9,10 +9,10 @@ names the run: runs/rows/bst_tiny_seed0_learning_rate3e-3. `sweep` picks a file 
 list of such argument sets (lists are varied) that may differ in more than one key; the command line
 is laid over each. `dry_run=true` prints the commands.
 
-Each run is a process of one thread, and all share the GPU if there is one; its output goes to
-RUN/sweep.log. A run that fails stops no other. The same command resumes what is unfinished; SIGTERM
-and Ctrl-C let every run save first. Exit codes: 0 all finished, 75 stopped before that, 2 bad
-arguments, 1 some runs failed.
+Each run is a process of one thread; several share a GPU, and of several GPUs each run takes the one
+with the fewest. Output goes to RUN/sweep.log. A run that fails stops no other. The same command
+resumes what is unfinished; SIGTERM and Ctrl-C let every run save first. Exit codes: 0 all finished,
+75 stopped before that, 2 bad arguments, 1 some runs failed.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omegaconf import OmegaConf
 
 from pretrain.config import CONFIG_DIR, SECTIONS, RunConfig, load_config
+from pretrain.training.environment import visible_gpus
 
 TRAIN = Path(__file__).with_name("train.py")
 FINISHED, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -151,7 +152,8 @@ def run_all(runs: list[SweepRun], workers: int, script: Path = TRAIN) -> dict[st
     """
     codes: dict[str, int] = {}
     waiting = deque(zip(runs, _free_ports(len(runs)), strict=True))
-    running: dict[subprocess.Popen[bytes], tuple[SweepRun, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[SweepRun, float, str]] = {}
+    gpus = visible_gpus()
     stopping = threading.Event()
     previous = {
         number: signal.signal(number, lambda *_: stopping.set())
@@ -161,7 +163,9 @@ def run_all(runs: list[SweepRun], workers: int, script: Path = TRAIN) -> dict[st
         while running or (waiting and not stopping.is_set()):
             while waiting and len(running) < workers and not stopping.is_set():
                 run, port = waiting.popleft()
-                running[_start(run, port, script)] = run, time.perf_counter()
+                taken = [gpu for _, _, gpu in running.values()]
+                gpu = min(gpus, key=taken.count, default="")
+                running[_start(run, port, gpu, script)] = run, time.perf_counter(), gpu
             time.sleep(POLL_SECONDS)
             for process in list(running):
                 code = process.poll()
@@ -169,7 +173,7 @@ def run_all(runs: list[SweepRun], workers: int, script: Path = TRAIN) -> dict[st
                     process.terminate()  # again and again: it may not have been listening yet
                 if code is None:
                     continue
-                run, began = running.pop(process)
+                run, began, _ = running.pop(process)
                 codes[run.run_dir.name] = code
                 took = f"{time.perf_counter() - began:.0f} s"
                 print(f"[{len(codes)}/{len(runs)}] {took:>6}  {describe(run, code)}", flush=True)
@@ -188,13 +192,14 @@ def _free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def _start(run: SweepRun, port: int, script: Path) -> subprocess.Popen[bytes]:
+def _start(run: SweepRun, port: int, gpu: str, script: Path) -> subprocess.Popen[bytes]:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone |= {"MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": gpu}
     with open(run.log, "wb") as log:
         return subprocess.Popen(
             [sys.executable, str(script), *run.arguments],
-            env={"OMP_NUM_THREADS": "1", **os.environ, **alone, "MASTER_PORT": str(port)},
+            env={"OMP_NUM_THREADS": "1", **os.environ, **alone},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

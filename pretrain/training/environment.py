@@ -1,5 +1,6 @@
 """What a run ran on: commit, versions, machine, command. Written to environment.json."""
 
+import os
 import platform
 import socket
 import subprocess
@@ -40,6 +41,14 @@ def describe_environment(world: "World") -> dict[str, Any]:
         "platform": platform.platform(),
         **{name: version(name) for name in ("torch", "deepspeed", "numpy")},
     }
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name here, so that each of several processes is given one."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return [name for name in named.split(",") if name]
 
 
 def _git(*arguments: str) -> str:

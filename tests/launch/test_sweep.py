@@ -21,6 +21,8 @@ seed = int(arguments["seed"])
 folder = os.path.join(arguments["out_dir"], arguments["name"])
 with open(os.path.join(folder, "port"), "w") as file:
     file.write(os.environ["MASTER_PORT"] + " " + os.environ["OMP_NUM_THREADS"])
+with open(os.path.join(folder, "gpu"), "w") as file:
+    file.write(os.environ["CUDA_VISIBLE_DEVICES"])
 if seed == 1:
     print("error: the first line\\nerror: out of luck", file=sys.stderr)
     sys.exit(2)
@@ -129,8 +131,12 @@ def test_dry_run_prints_the_commands_and_starts_none(
 
 
 def test_a_failing_run_is_reported_and_the_others_finish(
-    tmp_path: Path, stub: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    stub: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     code = sweep.main(["seed=0,1,2,3", f"out_dir={tmp_path}/runs", "workers=2"], stub)
     assert code == sweep.FAILED
     printed = capsys.readouterr()
@@ -141,6 +147,8 @@ def test_a_failing_run_is_reported_and_the_others_finish(
     notes = [(tmp_path / "runs" / f"seed{seed}" / "port").read_text() for seed in range(4)]
     assert len(set(notes)) == 4  # a port of its own for each
     assert {note.split()[1] for note in notes} == {os.environ.get("OMP_NUM_THREADS", "1")}
+    gpus = [(tmp_path / "runs" / f"seed{seed}" / "gpu").read_text() for seed in range(4)]
+    assert gpus[:2] == ["3", "5"]  # these two run side by side
 
 
 def test_sigterm_lets_running_ones_save_and_starts_no_more(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 
@@ -87,6 +88,30 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, monkeypatch):
     changed = experiment(options=TrainOptions(steps=7))
     with pytest.raises(ValueError, match=r"swa-seed0-lr0.01.json .*options.*use another out="):
         trainings.run_all(changed, tmp_path, workers=1)
+
+
+def test_workers_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    handed = []
+
+    class Pool:
+        def __init__(self, n_workers, context, initializer, arguments):
+            for _ in range(n_workers):
+                initializer(*arguments)
+                handed.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+
+        def submit(self, *call):
+            raise InterruptedError
+
+        def shutdown(self, **options):
+            pass
+
+    monkeypatch.setattr(trainings, "ProcessPoolExecutor", Pool)
+    for workers in (2, 8):
+        with pytest.raises(InterruptedError):
+            trainings.run_all(experiment(seeds=(0, 1, 2)), tmp_path, workers)
+    assert handed == ["3", "5", "3", "5", "3"]
 
 
 def records(accuracy):
