@@ -36,6 +36,7 @@ from evals.downstream.tasks import Splits, Task, open_task
 from launch.finetuning_data import EncodedTask, labels_of, limited
 from pretrain.command_line import choose_device, parse
 from pretrain.config_problems import launcher_world_size
+from pretrain.finetuning.classifier import LabelClassifier
 from pretrain.finetuning.generation import GenerationOptions, generate
 from pretrain.finetuning.interface import PairModel
 from pretrain.finetuning.starting_point import StartingPoint, from_run, untrained
@@ -57,6 +58,7 @@ class FinetuneArguments:
     tokenizer: str = ""  # with run: if its corpus is not where it was
     out: str = ""
     task: str = ""
+    head: str = "text"  # the answer is written; or classifier: it is one of the labels
     source: str = ""  # folder of the files of a task that names none
     train: str = ""
     validation: str = ""
@@ -145,12 +147,16 @@ def finetune(words: list[str]) -> None:
         )
     model_words = [word for word in words if word.startswith(("model=", "model."))]
     arguments = parse(FinetuneArguments, [word for word in words if word not in model_words])
+    for key in ("seeds", "batch_size", "patience"):
+        if getattr(arguments, key) < 1:
+            raise ValueError(f"{key}={getattr(arguments, key)} must be at least 1")
     task = open_task(arguments.task, source=arguments.source, overrides=_overrides(arguments))
     start = _starting_point(arguments, model_words)
     device = choose_device(arguments.device)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision={precision} is not known; use bf16 or fp32")
+    _check_head(arguments, task)
     everything = task.read()
     labels = labels_of(task, everything)
     splits = limited(
@@ -163,12 +169,19 @@ def finetune(words: list[str]) -> None:
     first = splits.validation[:1]
     contributions(task.metrics, [first[0].references[0]], first, labels)
     out = Path(arguments.out)
-    model = start.build(0, device, autocast=precision == "bf16")
+
+    def build(seed: int) -> PairModel | LabelClassifier:
+        if arguments.head == "classifier":
+            return start.build_classifier(seed, device, len(labels), autocast=precision == "bf16")
+        return start.build(seed, device, autocast=precision == "bf16")
+
+    model = build(0)
     data = EncodedTask.of(
         splits,
         task.name,
         start.tokenizer,
         model,
+        labels,
         max_input=arguments.max_input_tokens,
         max_target=arguments.max_target_tokens,
         truncate=arguments.truncate,
@@ -182,11 +195,26 @@ def finetune(words: list[str]) -> None:
     for seed in range(arguments.seeds):
         folder = out / f"seed_{seed}"
         if not (folder / outputs.RESULT).exists():
-            model = start.build(seed, device, autocast=precision == "bf16")
+            model = build(seed)
             _one_seed(model, seed, folder, data, splits, task, labels, options, arguments, start)
     command = shlex.join(["launch/finetune.py", *words])
     print(f"\n{command}\n")
     show([out], TableArguments(out=str(out)))
+
+
+def _check_head(arguments: FinetuneArguments, task: Task) -> None:
+    if arguments.head not in ("text", "classifier"):
+        raise ValueError(f"head={arguments.head} is not known; use text or classifier")
+    if arguments.head == "text":
+        return
+    if task.kind != "classification":
+        raise ValueError(
+            f"head=classifier: task={task.name} is a {task.kind} ({', '.join(task.metrics)}), "
+            f"whose answers are no closed set of labels; leave head= out"
+        )
+    for key in ("beams", "max_target_tokens"):
+        if getattr(arguments, key) != getattr(FinetuneArguments, key):
+            raise ValueError(f"{key}= is of answers that are written; leave it or head= out")
 
 
 def _overrides(arguments: FinetuneArguments) -> dict[str, Any]:
@@ -252,12 +280,16 @@ def _check_settings(
         write_json(out / outputs.SETTINGS, settings)
         return
     before = outputs.read_settings(out)
+    # A key that came later had its default before it came.
+    before["arguments"] = {f.name: f.default for f in fields(arguments)} | before["arguments"]
     changed = {
         key: f"{key} was {before[part].get(key)!r}, is {value!r}"
         for part in ("model", "task", "arguments")
         for key, value in settings[part].items()
         if before[part].get(key) != value
     }
+    if before["labels"] != labels:
+        changed["labels"] = f"labels were {before['labels']}, are {labels}"
     if "config" in changed:
         changed["config"] = "another model configuration"
     if changed:
@@ -285,7 +317,7 @@ def _train_options(arguments: FinetuneArguments, n_train: int) -> TrainOptions:
 
 
 def _one_seed(
-    model: PairModel,
+    model: PairModel | LabelClassifier,
     seed: int,
     folder: Path,
     data: EncodedTask,
@@ -300,11 +332,13 @@ def _one_seed(
     folder.mkdir(parents=True, exist_ok=True)
     greedy = GenerationOptions(max_tokens=data.target_tokens + 1, lanes=arguments.lanes)
 
-    def write(inputs: Sequence[Any], how: GenerationOptions) -> list[str]:
+    def answer(inputs: Sequence[Any], how: GenerationOptions) -> list[str]:
+        if isinstance(model, LabelClassifier):
+            return [labels[i] for i in model.classify(inputs, options.micro_batch_tokens)]
         return [start.tokenizer.decode(ids) for ids in generate(model, inputs, how)]
 
     def validate() -> float:
-        texts = write(data.validation, greedy)
+        texts = answer(data.validation, greedy)
         metric = task.metrics[0]
         return combine(metric, contributions([metric], texts, splits.validation, labels)[metric])
 
@@ -321,7 +355,7 @@ def _one_seed(
     os.replace(folder / "tmp.best.pt", folder / WEIGHTS)
     how = replace(greedy, beams=arguments.beams, length_penalty=arguments.length_penalty)
     for test, inputs in data.tests.items():
-        outputs.write(folder, test, write(inputs, how), splits.tests[test])
+        outputs.write(folder, test, answer(inputs, how), splits.tests[test])
     write_json(folder / outputs.RESULT, {**result, "truncated": data.cut, "commit": git_commit()})
     progress.unlink(missing_ok=True)
 

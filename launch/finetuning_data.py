@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from data.tokenizer import Tokenizer
 from evals.downstream.examples import Example
 from evals.downstream.tasks import Splits, Task
+from pretrain.finetuning.classifier import LabelClassifier
 from pretrain.finetuning.encode import encode, limits_of
-from pretrain.finetuning.interface import PairModel, Pairs
+from pretrain.finetuning.interface import Pairs, TrainableModel
 
 
 def limited(splits: Splits, *, train: int, validation: int, test: int) -> Splits:
@@ -27,10 +30,12 @@ def limited(splits: Splits, *, train: int, validation: int, test: int) -> Splits
 
 
 def labels_of(task: Task, splits: Splits) -> list[str]:
-    """What a classifier may answer; none for other tasks."""
+    """What a classifier may answer; none for other tasks. White space around a label is none of
+    it, here as in the metrics."""
     if task.kind != "classification":
         return []
-    return list(task.labels.values()) or sorted({e.references[0] for e in splits.train})
+    known = task.labels.values() or sorted({e.references[0].strip() for e in splits.train})
+    return list(dict.fromkeys(label.strip() for label in known))
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,10 @@ class EncodedTask:
     """The task as tokens.
 
     Attributes:
-        train: pairs of training.
+        train: pairs of training; for a classifier a target is the number of its label, (1,).
         validation: inputs.
         tests: inputs by name of test.
-        target_tokens: of the longest text to write, without EOS.
+        target_tokens: of the longest text to write, without EOS; 0: none is written.
         cut: share of the inputs that was truncated, by split.
     """
 
@@ -57,7 +62,8 @@ class EncodedTask:
         splits: Splits,
         name: str,
         tokenizer: Tokenizer,
-        model: PairModel,
+        model: TrainableModel,
+        labels: list[str],
         *,
         max_input: int,
         max_target: int,
@@ -70,22 +76,32 @@ class EncodedTask:
             name: of the task, for errors.
             tokenizer: the model's.
             model: whose limits hold.
+            labels: of the task, which a classifier chooses from.
             max_input: tokens; 0: as many as the model takes.
             max_target: tokens; 0: as many as the longest training target has.
             truncate: cut what is longer, instead of an error.
 
         Raises:
-            ValueError: a text is too long and is not to be cut.
+            ValueError: a text is too long and is not to be cut; a classifier has nothing to choose.
         """
         wanted = [example.references[0] for example in splits.train]
-        targets, _ = encode(
-            wanted,
-            tokenizer,
-            max_target,
-            truncate=truncate,
-            what=f"target of task={name} train",
-        )
-        longest = max_target or max(map(len, targets))
+        if isinstance(model, LabelClassifier):
+            if len(labels) < 2:
+                raise ValueError(
+                    f"head=classifier: all training examples of task={name} have the label "
+                    f"{labels[0]!r}; give some of another"
+                )
+            number = {label: np.array([index]) for index, label in enumerate(labels)}
+            targets, longest = [number[label.strip()] for label in wanted], 0
+        else:
+            targets, _ = encode(
+                wanted,
+                tokenizer,
+                max_target,
+                truncate=truncate,
+                what=f"target of task={name} train",
+            )
+            longest = max_target or max(map(len, targets))
         limits = limits_of(model, max_input, longest, truncate=truncate)
         inputs, cut = {}, {}
         parts = {"train": splits.train, "validation": splits.validation, **splits.tests}
@@ -106,15 +122,18 @@ class EncodedTask:
             cut,
         )
 
-    def describe(self, model: PairModel) -> str:
+    def describe(self, model: TrainableModel) -> str:
         """A line for the first screen."""
         lengths = [len(ids) for ids in self.train.inputs]
         sizes = {"train": len(lengths), "validation": len(self.validation)}
         sizes |= {test: len(ids) for test, ids in self.tests.items()}
-        parameters = sum(p.numel() for p in model.module.parameters())
+        parameters = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+        answers = f"targets of at most {self.target_tokens:,}"
+        if isinstance(model, LabelClassifier):
+            answers = f"{model.n_classes} labels"
         return (
             f"{', '.join(f'{split} {n:,}' for split, n in sizes.items())} examples; inputs of "
             f"{sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths):,} at most"
-            f" ({self.cut['train']:.1%} truncated), targets of at most {self.target_tokens:,}; "
+            f" ({self.cut['train']:.1%} truncated), {answers}; "
             f"{parameters:,} parameters; {type(model).__name__}"
         )

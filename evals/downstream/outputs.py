@@ -69,11 +69,14 @@ def collect(out: Path) -> tuple[list[Outputs], Outputs, dict[str, list[Example]]
     seeds = sorted(path.parent for path in out.glob(f"seed_*/{RESULT}"))
     if not seeds:
         raise ValueError(f"{out}: no seed is finished; run its command again")
-    names = read_settings(out)["task"]["tests"]
+    settings = read_settings(out)
+    names = settings["task"]["tests"]
     examples = {test: read(seeds[0] / f"{test}.jsonl")[1] for test in names}
     baselines = [
         Outputs(folder.name, {test: [read(folder / f"{test}.jsonl")[0]] for test in examples})
         for folder in sorted(out.glob("baselines/*"))
     ]
     tests = {test: [read(seed / f"{test}.jsonl")[0] for seed in seeds] for test in examples}
-    return baselines, Outputs(out.name, tests), examples
+    head = settings["arguments"].get("head", "text")
+    name = out.name if head == "text" else f"{out.name} (head: {head})"
+    return baselines, Outputs(name, tests), examples

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from pretrain.finetuning.interface import PairModel
+from pretrain.finetuning.interface import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Limits:
     truncate: bool = False
 
 
-def limits_of(model: PairModel, max_input: int, target: int, *, truncate: bool) -> Limits:
+def limits_of(model: TrainableModel, max_input: int, target: int, *, truncate: bool) -> Limits:
     """The limits that a model and the user set.
 
     Args:

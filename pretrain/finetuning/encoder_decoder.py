@@ -14,10 +14,9 @@ from torch import Tensor
 
 from data.tokenizer import EOS_ID, PAD_ID
 from pretrain.finetuning.interface import PairLoss, Pairs
+from pretrain.finetuning.padding import padded, to_device
 from pretrain.mixers.base import index_state
 from pretrain.models import DecoderState, EncoderDecoder
-
-PAD_MULTIPLE = 16  # few different shapes
 
 
 class PairEncoderDecoder:
@@ -48,6 +47,9 @@ class PairEncoderDecoder:
     def longest_input(self, target_tokens: int) -> int:
         return 0
 
+    def n_targets(self, batch: Pairs) -> int:
+        return sum(len(target) + 1 for target in batch.targets)
+
     def loss(self, batch: Pairs) -> PairLoss:
         inputs, mask = self._closed(batch.inputs)
         targets, counted = self._closed(batch.targets)
@@ -61,8 +63,7 @@ class PairEncoderDecoder:
                 loss_mask=self._moved(counted),
             )
         assert output.loss_sum is not None
-        n_targets = int(counted.sum())
-        return PairLoss(output.loss_sum, n_targets, int(mask.sum()) + n_targets, output.aux)
+        return PairLoss(output.loss_sum, int(mask.sum()) + int(counted.sum()), output.aux)
 
     def start(self, inputs: list[np.ndarray]) -> DecoderState:
         tokens, mask = self._closed(inputs)
@@ -84,16 +85,10 @@ class PairEncoderDecoder:
     def _closed(self, rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         """(B, S) int64, EOS behind each row and PAD behind that; and (B, S) bool, where no PAD is.
         Both on the CPU."""
-        lengths = np.array([len(row) + 1 for row in rows])
-        width = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
-        tokens = np.full((len(rows), width), PAD_ID, np.int64)
-        for lane, row in enumerate(rows):
-            tokens[lane, : len(row)] = row
-            tokens[lane, len(row)] = EOS_ID
-        return torch.from_numpy(tokens), torch.from_numpy(np.arange(width) < lengths[:, None])
+        return padded([np.append(row, EOS_ID) for row in rows])
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return to_device(tensor, self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

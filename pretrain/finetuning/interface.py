@@ -1,5 +1,5 @@
-"""What fine-tuning and generation ask of a model: a language model with a prompt or an
-encoder-decoder behind one interface.
+"""What fine-tuning and generation ask of a model: a language model with a prompt, an
+encoder-decoder or a classifier behind one interface.
 
 Shapes: B examples, V vocabulary. Token sequences are (n,) int arrays without BOS and EOS; how they
 are joined, closed and padded is the model's own affair.
@@ -33,33 +33,25 @@ class PairLoss(NamedTuple):
     """What a batch costs.
 
     Attributes:
-        loss_sum: scalar, fp32: nats over all targets, EOS included.
-        n_targets: how many those are.
+        loss_sum: scalar, fp32: nats over all of `TrainableModel.n_targets`.
         n_tokens: what the model read, without pads.
         aux: as in `ModelOutput`.
     """
 
     loss_sum: Tensor
-    n_targets: int
     n_tokens: int
     aux: dict[str, Tensor]
 
 
-class PairModel(Protocol):
-    """A model that reads an input and writes a target.
+class TrainableModel(Protocol):
+    """A model that learns targets from inputs.
 
     Attributes:
         module: its parameters and buffers; training and evaluation mode are set on it.
         device: where it is.
-        vocab_size: V.
-        first_token: what `step` is given first.
-        one_length: `start` takes inputs of one length only.
     """
 
     device: torch.device
-    vocab_size: int
-    first_token: int
-    one_length: bool
 
     @property
     def module(self) -> nn.Module: ...
@@ -68,9 +60,31 @@ class PairModel(Protocol):
         """Most input tokens beside a target of so many (EOS not counted); 0: any number."""
         ...
 
+    def n_targets(self, batch: Pairs) -> int:
+        """How many predictions the loss of these is a sum of: of a text its tokens and EOS."""
+        ...
+
     def loss(self, batch: Pairs) -> PairLoss:
         """The loss of the targets, with gradient."""
         ...
+
+    def update_buffers(self, statistics: dict[str, Tensor]) -> None:
+        """Takes summed `aux` statistics; once per optimizer step."""
+        ...
+
+
+class PairModel(TrainableModel, Protocol):
+    """One that writes its targets.
+
+    Attributes:
+        vocab_size: V.
+        first_token: what `step` is given first.
+        one_length: `start` takes inputs of one length only.
+    """
+
+    vocab_size: int
+    first_token: int
+    one_length: bool
 
     def start(self, inputs: list[np.ndarray]) -> Any:
         """Reads inputs; the state to write from, lanes in their order."""
@@ -90,8 +104,4 @@ class PairModel(Protocol):
 
     def select(self, state: Any, lanes: Tensor) -> Any:
         """The state with these lanes, (n,) int64; a lane may come several times, or never."""
-        ...
-
-    def update_buffers(self, statistics: dict[str, Tensor]) -> None:
-        """Takes summed `aux` statistics; once per optimizer step."""
         ...

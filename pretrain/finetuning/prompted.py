@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.tokenizer import EOS_ID, PAD_ID
+from data.tokenizer import EOS_ID
 from pretrain.finetuning.interface import PairLoss, Pairs
+from pretrain.finetuning.padding import padded, to_device
 from pretrain.mixers.base import index_state
 from pretrain.models import LanguageModel
 from pretrain.ops.cross_entropy import CrossEntropy
 
-PAD_MULTIPLE = 16  # few different shapes
 PREFILL_TOKENS = 8192
 
 
@@ -62,33 +62,30 @@ class PromptedLanguageModel:
         # START, the separator and the target; nothing is read behind the target's last token.
         return max(1, limit - 2 - target_tokens) if limit else 0
 
+    def n_targets(self, batch: Pairs) -> int:
+        return sum(len(target) + 1 for target in batch.targets)
+
     def loss(self, batch: Pairs) -> PairLoss:
         rows = [
             np.concatenate([[self.start_id], one, [EOS_ID], other, [EOS_ID]])
             for one, other in zip(batch.inputs, batch.targets, strict=True)
         ]
-        read = np.array([len(row) - 1 for row in rows])
-        width = -(-int(read.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
-        tokens = np.full((len(rows), width), PAD_ID, np.int64)
+        tokens, counted = padded([row[:-1] for row in rows])
         places, targets = [], []
-        for lane, row in enumerate(rows):
-            tokens[lane, : read[lane]] = row[:-1]
-            first = read[lane] - len(batch.targets[lane]) - 1  # of the separator
-            places.append(lane * width + np.arange(first, read[lane]))
+        for lane, (row, target) in enumerate(zip(rows, batch.targets, strict=True)):
+            first = len(row) - len(target) - 2  # of the separator
+            places.append(lane * tokens.shape[1] + np.arange(first, len(row) - 1))
             targets.append(row[first + 1 :])
-        counted = torch.from_numpy(np.arange(width) < read[:, None])
         # Found here: a boolean mask on a GPU would make the host wait for it.
         chosen = torch.from_numpy(np.concatenate(places))
         wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64))
         with self._autocast():
             # What mixers learn beside the loss is of all tokens but pads.
-            output = self.module(
-                self._moved(torch.from_numpy(tokens)), loss_mask=self._moved(counted)
-            )
+            output = self.module(self._moved(tokens), loss_mask=self._moved(counted))
             hidden = output.hidden.flatten(0, 1)[self._moved(chosen)]
             loss = self.module.head(hidden.unsqueeze(0), self._moved(wanted).unsqueeze(0))
         assert isinstance(loss, CrossEntropy)
-        return PairLoss(loss.loss_sum, len(wanted), int(read.sum()), output.aux)
+        return PairLoss(loss.loss_sum, int(counted.sum()), output.aux)
 
     def start(self, inputs: list[np.ndarray]) -> Any:
         prompt = self._prompt(inputs)
@@ -117,7 +114,7 @@ class PromptedLanguageModel:
         return self._moved(torch.from_numpy(rows.astype(np.int64)))
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return to_device(tensor, self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

@@ -12,10 +12,15 @@ from data.loader import start_id
 from data.shards import Corpus
 from data.tokenizer import BOS_ID, Tokenizer, load_tokenizer
 from pretrain.config import RunConfig, load_config
+from pretrain.finetuning.classifier import (
+    EncoderClassifier,
+    LabelClassifier,
+    LastTokenClassifier,
+)
 from pretrain.finetuning.encoder_decoder import PairEncoderDecoder
 from pretrain.finetuning.interface import PairModel
 from pretrain.finetuning.prompted import prompted
-from pretrain.models import EncoderDecoder, LanguageModelConfig, build_model
+from pretrain.models import EncoderDecoder, LanguageModel, LanguageModelConfig, build_model
 from pretrain.training.load import load_any_model
 
 
@@ -38,21 +43,40 @@ class StartingPoint:
     facts: dict[str, Any]
 
     def build(self, seed: int, device: torch.device, *, autocast: bool) -> PairModel:
-        """A fresh model; the seed is that of random weights.
+        """A fresh model that writes; the seed is that of random weights.
 
         Args:
             seed: of torch's generator.
             device: where it is to be.
             autocast: matmuls in bfloat16.
         """
+        model = self._build(seed, device)
+        if isinstance(model, EncoderDecoder):
+            return PairEncoderDecoder(model, autocast=autocast)
+        return prompted(model, self.start_id, autocast=autocast)
+
+    def build_classifier(
+        self, seed: int, device: torch.device, n_classes: int, *, autocast: bool
+    ) -> LabelClassifier:
+        """A fresh model with a head; the seed is that of random weights, the head's among them.
+
+        Args:
+            seed: of torch's generator.
+            device: where it is to be.
+            n_classes: labels to choose from.
+            autocast: matmuls in bfloat16.
+        """
+        model = self._build(seed, device)
+        if isinstance(model, EncoderDecoder):
+            return EncoderClassifier(model, n_classes, autocast=autocast)
+        return LastTokenClassifier(model, n_classes, self.start_id, autocast=autocast)
+
+    def _build(self, seed: int, device: torch.device) -> LanguageModel | EncoderDecoder:
         torch.manual_seed(seed)
         model = build_model(self.config)
         if self.weights is not None:
             model.load_state_dict(self.weights)
-        model.to(device)
-        if isinstance(model, EncoderDecoder):
-            return PairEncoderDecoder(model, autocast=autocast)
-        return prompted(model, self.start_id, autocast=autocast)
+        return model.to(device)
 
 
 def from_run(run: Path, *, tag: str, tokenizer: str, random: bool) -> StartingPoint:

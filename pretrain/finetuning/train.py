@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import OptimConfig, ScheduleConfig
-from pretrain.finetuning.interface import PairModel, Pairs
+from pretrain.finetuning.interface import Pairs, TrainableModel
 from pretrain.finetuning.order import batches, micro_batches
 from pretrain.training.optim import parameter_groups, schedule_factor
 
@@ -48,7 +48,7 @@ class TrainOptions:
 
 
 def train(
-    model: PairModel,
+    model: TrainableModel,
     pairs: Pairs,
     validate: Callable[[], float],
     options: TrainOptions,
@@ -138,7 +138,7 @@ def train(
 
 
 def _step(
-    model: PairModel,
+    model: TrainableModel,
     batch: Pairs,
     optimizer: torch.optim.Optimizer,
     optim: OptimConfig,
@@ -147,7 +147,7 @@ def _step(
     """One optimizer step: the loss before it, nats per target, and the tokens read. Nothing here
     waits for a GPU."""
     model.module.train()
-    n_targets = sum(len(target) + 1 for target in batch.targets)
+    n_targets = model.n_targets(batch)
     n_tokens = int(batch.lengths().sum())
     total, read = torch.zeros((), device=model.device), 0
     statistics: dict[str, Tensor] = {}

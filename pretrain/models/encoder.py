@@ -18,6 +18,7 @@ from pretrain.mixers import TokenMixer, build
 from pretrain.models.block import Block, update_buffers
 from pretrain.models.config import LayersConfig
 from pretrain.models.layers import MLPS, RMSNorm, init_weights
+from pretrain.models.pooling import mean_over_tokens
 from pretrain.ops.relative_bias import share_t5_tables
 
 POOLING = ("mean", "cls")
@@ -197,14 +198,7 @@ class Encoder(nn.Module):
             aux |= {f"{index}.{name}": value for name, value in output.aux.items()}
         if self.cls is not None:
             return self.norm(x[:, 0]), aux
-        x = self.norm(x)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if padding is None:
-            return x.mean(1), aux
-        assert lengths is not None
-        # Pads may hold anything: masked, not multiplied by zero, which an infinity would survive.
-        total = x.masked_fill(padding.unsqueeze(-1), 0).sum(1)
-        return total / lengths.unsqueeze(1), aux
+        return mean_over_tokens(self.norm(x), padding), aux
 
     def update_buffers(self, statistics: dict[str, Tensor]) -> None:
         """Hands each mixer its own share of summed `aux` statistics; once per optimizer step."""

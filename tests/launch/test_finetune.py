@@ -5,6 +5,7 @@ import random
 import sys
 
 import pytest
+import torch
 
 from evals.downstream import outputs
 from launch import finetune
@@ -108,6 +109,31 @@ def test_an_encoder_decoder_is_fine_tuned_by_the_same_command(words, tmp_path, c
     assert "PairEncoderDecoder" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("model", ["tiny.yaml", "both.yaml"])
+def test_a_head_names_labels_as_they_are_written_and_has_a_row_of_its_own(
+    model, words, tmp_path, capsys
+):
+    (tmp_path / "both.yaml").write_text(ENCODER_DECODER)
+    long = {"a": "alike ", "b": " ", "c": "álike"}
+    for path in tmp_path.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        write(path, [row | {"label": "label " + long[row["label"]]} for row in rows])
+    assert run(words, model=model, out="text") == 0
+    steps = {"steps": "60", "check_every": "20"}
+    assert run(words, model=model, out="head", head="classifier", **steps) == 0
+    assert "2 labels" in capsys.readouterr().out
+    texts, examples = outputs.read(tmp_path / "head/seed_0/test.jsonl")
+    assert texts == [example.references[0].strip() for example in examples]
+    assert outputs.read_settings(tmp_path / "head")["labels"] == ["label", "label alike"]
+    weights = torch.load(tmp_path / "head/seed_0/best.pt", weights_only=True)
+    assert weights["head.weight"].shape == (2, 16)
+    assert finetune.main(["table", "text", "head", "out=all"]) == 0
+    rows = json.loads((tmp_path / "all/results.json").read_text())["rows"]
+    names = ["majority class", "text", "head (head: classifier)"]
+    assert [row["model"] for row in rows] == names
+    assert rows[2]["metrics"]["invalid"]["value"] == 0
+
+
 def test_what_is_done_is_not_done_again_and_more_seeds_are_added(words, tmp_path, monkeypatch):
     assert run(words) == 0
     table = (tmp_path / "out/table.md").read_text()
@@ -124,7 +150,9 @@ def test_what_is_done_is_not_done_again_and_more_seeds_are_added(words, tmp_path
     assert trained == [1]
 
 
-def test_a_killed_command_ends_like_one_that_was_not(words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("head", ["text", "classifier"])
+def test_a_killed_command_ends_like_one_that_was_not(head, words, tmp_path, monkeypatch):
+    words |= {"head": head}
     assert run(words, steps="6") == 0
     calls, score = [], finetune.contributions
 
@@ -143,6 +171,8 @@ def test_a_killed_command_ends_like_one_that_was_not(words, tmp_path, monkeypatc
     assert (whole / "test.jsonl").read_bytes() == (resumed / "test.jsonl").read_bytes()
     histories = [json.loads((f / "result.json").read_text())["history"] for f in (whole, resumed)]
     assert histories[0] == histories[1]
+    weights = [torch.load(f / "best.pt", weights_only=True) for f in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_several_fine_tunings_make_one_table_and_other_tests_none(words, tmp_path, capsys):
@@ -183,6 +213,18 @@ def test_bad_input_is_one_clear_line(words, tmp_path, capsys, monkeypatch):
         metrics="f1",
         train=str(write(tmp_path / "c.jsonl", [{"text": t, "label": t} for t in "abc"])),
     )
+    assert "patience=0 must be at least 1" in told(patience="0")
+    assert "batch_size=0 must be at least 1" in told(batch_size="0")
+    assert "head=linear is not known; use text or classifier" in told(head="linear")
+    assert "task=stsb is a regression (spearman, pearson)" in told(
+        head="classifier", task="stsb", train="", test="", input_field="", metrics=""
+    )
+    assert "task=jsonl is a generation (rougeL)" in told(head="classifier", metrics="rougeL")
+    assert "beams= is of answers that are written" in told(head="classifier", beams="2")
+    assert "all training examples of task=jsonl have the label 'a'" in told(
+        head="classifier",
+        train=str(write(tmp_path / "a.jsonl", [{"text": t, "label": "a"} for t in "abc"])),
+    )
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     assert "the package rouge-score is missing" in told(metrics="rougeL")
     assert not (tmp_path / "out/seed_0/result.json").exists()
@@ -192,6 +234,24 @@ def test_bad_input_is_one_clear_line(words, tmp_path, capsys, monkeypatch):
 def test_a_folder_keeps_its_settings(words, capsys):
     assert run(words) == 0
     assert "(steps was 4, is 5); choose another out=" in complaint(capsys, words, steps="5")
+    assert "(head was 'text', is 'classifier')" in complaint(capsys, words, head="classifier")
+
+
+def test_a_folder_from_before_a_key_goes_on_with_its_default(words, tmp_path, capsys):
+    assert run(words) == 0
+    settings = outputs.read_settings(tmp_path / "out")
+    del settings["arguments"]["head"]
+    (tmp_path / "out/settings.json").write_text(json.dumps(settings))
+    assert run(words, seeds="2") == 0
+    assert "(head was 'text', is 'classifier')" in complaint(capsys, words, head="classifier")
+
+
+def test_a_folder_keeps_its_labels(words, tmp_path, capsys):
+    assert run(words, head="classifier") == 0
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "xc", "label": "c"}) + "\n")
+    told = complaint(capsys, words, head="classifier", seeds="2")
+    assert "labels were ['a', 'b'], are ['a', 'b', 'c']" in told
 
 
 def test_several_processes_are_refused(words, capsys, monkeypatch):

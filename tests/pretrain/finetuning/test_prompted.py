@@ -37,7 +37,7 @@ def test_the_loss_is_of_the_target_and_its_eos_alone():
         expected = expected + nll[-len(other) - 1 :].sum()
     loss = prompted(model, BOS_ID).loss(batch)
     torch.testing.assert_close(loss.loss_sum, expected, **TOLERANCE)
-    assert loss.n_targets == 2 + 3 + 1 + 0 + 4
+    assert prompted(model, BOS_ID).n_targets(batch) == 2 + 3 + 1 + 0 + 4
     assert loss.n_tokens == sum(len(a) + len(b) + 2 for a, b in zip(*batch, strict=True))
 
 
