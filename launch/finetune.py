@@ -289,7 +289,8 @@ def _check_settings(
         if before[part].get(key) != value
     }
     if before["labels"] != labels:
-        changed["labels"] = f"labels were {before['labels']}, are {labels}"
+        differ = sorted(set(before["labels"]) ^ set(labels)) or labels
+        changed["labels"] = f"labels are others, e.g. {differ[0]!r}"
     if "config" in changed:
         changed["config"] = "another model configuration"
     if changed:

@@ -34,8 +34,8 @@ def labels_of(task: Task, splits: Splits) -> list[str]:
     it, here as in the metrics."""
     if task.kind != "classification":
         return []
-    known = task.labels.values() or sorted({e.references[0].strip() for e in splits.train})
-    return list(dict.fromkeys(label.strip() for label in known))
+    given = task.labels.values() or sorted(example.references[0].strip() for example in splits.train)
+    return list(dict.fromkeys(label.strip() for label in given))
 
 
 @dataclass(frozen=True)
