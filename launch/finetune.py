@@ -10,6 +10,8 @@ task= is a file of configs/task/, or `jsonl` for files (jsonl, csv or parquet) d
 train=, validation= (left out: a tenth of train, by hash), test=, input_field= and target_field=
 (or input='title: {title} text: {text}'), metrics=. The same words override a named task's.
 
+The answer is written as text, or with head=classifier chosen among the labels of a classification.
+
 OUT has per seed the answers to the tests (TEST.jsonl), the best weights on validation (best.pt) and
 result.json; over all seeds table.md and results.json. The same command resumes. `table` compares
 several OUTs without a model. One process trains one seed after the other (`deepspeed --num_gpus 1`

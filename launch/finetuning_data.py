@@ -34,8 +34,9 @@ def labels_of(task: Task, splits: Splits) -> list[str]:
     it, here as in the metrics."""
     if task.kind != "classification":
         return []
-    given = task.labels.values() or sorted(example.references[0].strip() for example in splits.train)
-    return list(dict.fromkeys(label.strip() for label in given))
+    given = task.labels.values() or {example.references[0] for example in splits.train}
+    labels = [label.strip() for label in given]
+    return list(dict.fromkeys(labels if task.labels else sorted(labels)))
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Downstream tasks as text to text: examples, metrics, baselines and the table."""
+"""Downstream tasks, answered in text: examples, metrics, baselines and the table."""
