@@ -6,7 +6,6 @@ sidecar stands is skipped. `inputs.json` is written first and says what the fold
 `manifest.json` is written last, and a folder without it is unfinished.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from data.folder_lock import lock_folder
 from data.processes import WorkerKilledError, map_processes
 from data.shards import (
     FORMAT_VERSION,
@@ -113,7 +113,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     with _writing(out):
         files = _per_file(partial(_hash, patience=patience), found, config.workers, "hashing")
     inputs = _inputs(config, files, commits)
-    with _writing(out), _lock(out):
+    taken = OutputError(f"out={out}: another preparation is writing there; wait for it")
+    with _writing(out), lock_folder(out, taken):
         if (out / INPUTS).exists():
             _compare(inputs, json.loads((out / INPUTS).read_bytes()), out)
         elif any(not path.name.startswith(INPUTS) for path in out.iterdir()):
@@ -294,22 +295,6 @@ def _writing(out: Path) -> Iterator[None]:
             f"out={out}: cannot be written ({error.strerror or error}: {error.filename or out}); "
             "make room or choose another folder, then run the same command: finished shards stay"
         ) from error
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One preparation per folder; the lock dies with its process."""
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OutputError(
-            f"out={out}: another preparation is writing there; wait for it"
-        ) from error
-    finally:
-        os.close(folder)
 
 
 def _remove_left_overs(out: Path) -> None:

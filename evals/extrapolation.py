@@ -48,17 +48,11 @@ from typing import Any
 
 import numpy as np
 
-from evals import concat, gates, perplexity, plots, protocols, stats, tensorboard
+from evals import concat, gates, plots, protocols, results_folder, stats, tensorboard
 from evals.documents import EvalDocuments
-from evals.facts import (
-    FACTS,
-    check_replaces_no_larger,
-    costs,
-    header,
-    load_facts,
-    protocol_record,
-)
+from evals.facts import FACTS, costs, header, load_facts, protocol_record
 from evals.metrics import Metric, curve_csv
+from evals.metrics import derive as level_metrics
 from evals.passes import score_passes
 from evals.processes import Processes
 from evals.protocols import Pass
@@ -173,19 +167,19 @@ class Plan:
 
 
 def plan(
-    lengths: Sequence[int], options: ExtrapolationOptions, train_length: int, most: int | None
+    model: ScoredModel, documents: EvalDocuments, options: ExtrapolationOptions, train_length: int
 ) -> Plan:
     """Chooses the contexts that can be measured, and lays out the passes.
 
-    Args:
-        lengths: tokens of the documents.
-        options: what to score.
-        train_length: L0.
-        most: tokens that a state may be carried over; None: any number.
-
     Raises:
-        ValueError: too few documents reach the training length.
+        ValueError: an option is wrong, too few documents reach the training length, or the model
+            cannot see so much.
     """
+    if problems := options.problems():
+        raise ValueError("; ".join(problems))
+    lengths = documents.lengths
+    # Tokens that a state may be carried over.
+    most = _least(None if model.constant_state else options.growing_tokens, model.max_tokens)
     asked = sorted({*options.contexts, train_length})
     span = options.span_tokens or protocols.default_span_tokens(asked)
     # EOS is never in a span: a document of n tokens has n - 1 to choose from.
@@ -203,6 +197,7 @@ def plan(
         *protocols.fixed(lengths, contexts, span, options.spans_per_document),
         *protocols.stream(lengths, options.segment_tokens, stream_tokens),
     ]
+    protocols.check_room(passes, model.max_tokens)
     held = sum(lengths)
     n_tokens = _least(min(options.concat_tokens, held), most)
     joined = concat.concat_pass(n_tokens, options.segment_tokens) if n_tokens else None
@@ -251,27 +246,18 @@ def run(
         The content of result.json, in every process.
 
     Raises:
-        ValueError: an option is wrong, or too few documents are long enough.
+        ValueError: of `plan`, or `out_dir` holds an evaluation of more documents, or one that is
+            still going on.
         GateFailure: a gate did not hold; earlier results in `out_dir` are gone by then.
         ProcessLost: another process died or hangs.
     """
-    problems = options.problems()
-    if problems:
-        raise ValueError("; ".join(problems))
-    growing = None if model.constant_state else options.growing_tokens
-    todo = plan(documents.lengths, options, train_length, _least(growing, model.max_tokens))
-    perplexity.check_room(todo.passes, model.max_tokens)
+    todo = plan(model, documents, options, train_length)
     before = model.fingerprint()
     model_id = model_identity(before, model.precision)
     checked: list[gates.GateResult] = []
     tables: dict[str, TokenTable] = {}
 
-    check_replaces_no_larger(out_dir, documents)
-    with (processes or Processes()).scope() as among:
-        if among.is_main:
-            for stale in OUTPUTS:
-                (out_dir / stale).unlink(missing_ok=True)
-            tensorboard.clear(out_dir)
+    with results_folder.claim(out_dir, documents, OUTPUTS, processes) as among:
         longest = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
         checked += gates.check_model(model, documents, longest)
         gates.require(checked)
@@ -361,7 +347,7 @@ def derive(tables: Sequence[TokenTable], facts: dict[str, Any]) -> dict[str, Any
     finite = [table for table in families["fixed"] if np.isfinite(table.nll).all()]
     (stream,) = families["stream"]
     finite_stream, stream_bad = _before_non_finite(stream)
-    metrics = perplexity.derive([*finite, finite_stream], train_length)
+    metrics = level_metrics([*finite, finite_stream], train_length)
     verdicts = [
         _verdict(table, metrics, options, train_length)
         for table in families["fixed"]

@@ -7,7 +7,7 @@ from typing import Any
 from evals import extrapolation, extrapolation_report
 from evals.extrapolation import ExtrapolationOptions, parse_multiples
 from evals.protocols import parse_contexts
-from evals.subject import SubjectArguments, open_subject
+from evals.subject import Subject, SubjectArguments
 
 
 @dataclass
@@ -27,9 +27,12 @@ class ExtrapolationArguments(SubjectArguments):
     diverge_nats: float = ExtrapolationOptions.diverge_nats
 
 
-def evaluate(arguments: ExtrapolationArguments, command: str) -> None:
-    """Scores a model and writes its folder, in every process of the launch."""
-    subject = open_subject(arguments)
+def plan(arguments: ExtrapolationArguments, subject: Subject) -> ExtrapolationOptions:
+    """What the words ask for.
+
+    Raises:
+        ValueError: an option is wrong, or does not fit the model or its documents.
+    """
     train_length = subject.train_length
     if subject.model.max_tokens is not None and subject.model.max_tokens <= train_length:
         raise ValueError(
@@ -41,27 +44,26 @@ def evaluate(arguments: ExtrapolationArguments, command: str) -> None:
         if arguments.contexts
         else parse_multiples(arguments.multiples, train_length)
     )
-    out_dir = subject.results / (arguments.name or "extrapolation")
+    options = ExtrapolationOptions(
+        contexts=contexts,
+        span_tokens=arguments.span_tokens,
+        spans_per_document=arguments.spans_per_document,
+        min_documents=arguments.min_documents,
+        stream_tokens=arguments.stream_tokens,
+        segment_tokens=arguments.segment_tokens,
+        concat_tokens=arguments.concat_tokens,
+        growing_tokens=arguments.growing_tokens,
+        flat_margin_nats=arguments.flat_margin_nats,
+        diverge_nats=arguments.diverge_nats,
+    )
+    extrapolation.plan(subject.model, subject.documents, options, train_length)
+    return options
+
+
+def evaluate(subject: Subject, options: ExtrapolationOptions, out_dir: Path, command: str) -> None:
+    """Scores a model and writes its folder, in every process of the launch."""
     result = extrapolation.run(
-        subject.model,
-        subject.documents,
-        ExtrapolationOptions(
-            contexts=contexts,
-            span_tokens=arguments.span_tokens,
-            spans_per_document=arguments.spans_per_document,
-            min_documents=arguments.min_documents,
-            stream_tokens=arguments.stream_tokens,
-            segment_tokens=arguments.segment_tokens,
-            concat_tokens=arguments.concat_tokens,
-            growing_tokens=arguments.growing_tokens,
-            flat_margin_nats=arguments.flat_margin_nats,
-            diverge_nats=arguments.diverge_nats,
-        ),
-        out_dir,
-        name=subject.name,
-        train_length=train_length,
-        provenance={"command": command, **subject.provenance},
-        processes=subject.processes,
+        subject.model, subject.documents, options, out_dir, **subject.said(command)
     )
     if subject.processes.is_main:
         show(result, out_dir)

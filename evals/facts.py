@@ -136,25 +136,3 @@ def load_facts(out_dir: Path, schema: str) -> tuple[dict[str, Any], list[TokenTa
                 "kept"
             )
     return facts, tables
-
-
-def check_replaces_no_larger(out_dir: Path, documents: EvalDocuments) -> None:
-    """A quick look at a few documents must not cost the evaluation of all.
-
-    Raises:
-        ValueError: `out_dir` holds an evaluation of more documents of the same text.
-    """
-    try:
-        data = json.loads((out_dir / FACTS).read_bytes())["data"]
-    except (OSError, ValueError, KeyError):
-        return
-    held, given = data["n_docs"], len(documents.tokens)
-    same_text = (data["fingerprint"], data.get("split")) == (
-        documents.fingerprint,
-        documents.source.get("split"),
-    )
-    if same_text and held > given:
-        raise ValueError(
-            f"limit={given}: {out_dir} holds an evaluation of {held} documents, which this one "
-            f"would replace; use name=quick, or delete the folder"
-        )

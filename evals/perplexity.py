@@ -16,21 +16,13 @@ The metrics are those of evals/metrics.py.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals import gates, plots, protocols, tensorboard
+from evals import gates, plots, protocols, results_folder, tensorboard
 from evals.documents import EvalDocuments
-from evals.facts import (
-    FACTS,
-    check_replaces_no_larger,
-    costs,
-    header,
-    load_facts,
-    protocol_record,
-)
+from evals.facts import FACTS, costs, header, load_facts, protocol_record
 from evals.metrics import curve_csv, derive
 from evals.passes import score_passes
 from evals.processes import Processes
@@ -95,8 +87,17 @@ class PerplexityOptions:
         return found
 
 
-def plan(lengths: Sequence[int], options: PerplexityOptions, train_length: int) -> list[Pass]:
-    """All passes of the suite, in the order of `options.protocols`."""
+def plan(
+    model: ScoredModel, documents: EvalDocuments, options: PerplexityOptions, train_length: int
+) -> list[Pass]:
+    """All passes of the suite, in the order of `options.protocols`.
+
+    Raises:
+        ValueError: an option is wrong, no document is long enough, or the model cannot see so much.
+    """
+    if problems := options.problems():
+        raise ValueError("; ".join(problems))
+    lengths = documents.lengths
     window = options.window_tokens or train_length
     passes: list[Pass] = []
     for name in options.protocols:
@@ -119,27 +120,8 @@ def plan(lengths: Sequence[int], options: PerplexityOptions, train_length: int) 
             )
         else:
             passes += protocols.truncate(lengths, options.contexts)
+    protocols.check_room(passes, model.max_tokens)
     return passes
-
-
-def check_room(passes: Sequence[Pass], max_tokens: int | None) -> None:
-    """Raises:
-    ValueError: a pass shows a model more than it can see at once.
-    """
-    for scoring in passes:
-        needed = max(item.stop - 1 - (-1 if item.carry else item.start) for item in scoring.items)
-        if max_tokens is not None and needed > max_tokens:
-            shorter = {
-                "stream": f"stream_tokens={max_tokens}",
-                "nonoverlap": f"window_tokens={max_tokens}",
-            }
-            advice = shorter.get(
-                protocols.family(scoring.protocol), f"contexts up to {max_tokens} less span_tokens"
-            )
-            raise ValueError(
-                f"{scoring.protocol}: needs {needed} tokens at once, and the model takes "
-                f"{max_tokens}; use {advice}, or other protocols"
-            )
 
 
 def run(
@@ -171,16 +153,12 @@ def run(
         The content of result.json, in every process.
 
     Raises:
-        ValueError: an option is wrong, no document is long enough, or `out_dir` holds an
-            evaluation of more documents.
+        ValueError: of `plan`, or `out_dir` holds an evaluation of more documents, or one that is
+            still going on.
         GateFailure: a gate did not hold; earlier results in `out_dir` are gone by then.
         ProcessLost: another process died or hangs.
     """
-    problems = options.problems()
-    if problems:
-        raise ValueError("; ".join(problems))
-    passes = plan(documents.lengths, options, train_length)
-    check_room(passes, model.max_tokens)
+    passes = plan(model, documents, options, train_length)
     before = model.fingerprint()
     checked: list[gates.GateResult] = []
     tables: dict[str, TokenTable] = {}
@@ -201,12 +179,7 @@ def run(
         write_bytes(out_dir / FACTS, (json.dumps(facts, indent=1) + "\n").encode())
         return rebuild(out_dir)
 
-    check_replaces_no_larger(out_dir, documents)
-    with (processes or Processes()).scope() as among:
-        if among.is_main:
-            for stale in OUTPUTS:
-                (out_dir / stale).unlink(missing_ok=True)
-            tensorboard.clear(out_dir)
+    with results_folder.claim(out_dir, documents, OUTPUTS, processes) as among:
         longest = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
         checked += gates.check_model(model, documents, longest)
         gates.require(checked)

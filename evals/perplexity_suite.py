@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from evals import compare, perplexity, report
+from evals.perplexity import PerplexityOptions
 from evals.protocols import parse_contexts
-from evals.subject import SubjectArguments, open_subject
+from evals.subject import Subject, SubjectArguments
 
 
 @dataclass
@@ -23,31 +24,32 @@ class PerplexityArguments(SubjectArguments):
     stride_tokens: int | None = None  # of sliding
 
 
-def evaluate(arguments: PerplexityArguments, command: str) -> None:
-    """Scores a model and writes its folder, in every process of the launch."""
-    subject = open_subject(arguments)
-    train_length = subject.train_length
+def plan(arguments: PerplexityArguments, subject: Subject) -> PerplexityOptions:
+    """What the words ask for.
+
+    Raises:
+        ValueError: an option is wrong, or does not fit the model or its documents.
+    """
     limit = subject.model.max_tokens
-    largest = 16 * train_length if limit is None else limit - 64  # spans need room, too
-    out_dir = subject.results / (arguments.name or "perplexity")
+    largest = 16 * subject.train_length if limit is None else limit - 64  # spans need room, too
+    options = PerplexityOptions(
+        contexts=parse_contexts(arguments.contexts or f"64..{largest}"),
+        protocols=tuple(filter(None, arguments.protocols.split(","))),
+        span_tokens=arguments.span_tokens,
+        spans_per_document=arguments.spans_per_document,
+        stream_tokens=arguments.stream_tokens,
+        segment_tokens=arguments.segment_tokens,
+        window_tokens=arguments.window_tokens,
+        stride_tokens=arguments.stride_tokens,
+    )
+    perplexity.plan(subject.model, subject.documents, options, subject.train_length)
+    return options
+
+
+def evaluate(subject: Subject, options: PerplexityOptions, out_dir: Path, command: str) -> None:
+    """Scores a model and writes its folder, in every process of the launch."""
     result = perplexity.run(
-        subject.model,
-        subject.documents,
-        perplexity.PerplexityOptions(
-            contexts=parse_contexts(arguments.contexts or f"64..{largest}"),
-            protocols=tuple(filter(None, arguments.protocols.split(","))),
-            span_tokens=arguments.span_tokens,
-            spans_per_document=arguments.spans_per_document,
-            stream_tokens=arguments.stream_tokens,
-            segment_tokens=arguments.segment_tokens,
-            window_tokens=arguments.window_tokens,
-            stride_tokens=arguments.stride_tokens,
-        ),
-        out_dir,
-        name=subject.name,
-        train_length=train_length,
-        provenance={"command": command, **subject.provenance},
-        processes=subject.processes,
+        subject.model, subject.documents, options, out_dir, **subject.said(command)
     )
     if subject.processes.is_main:
         show(result, out_dir)

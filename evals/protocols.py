@@ -325,3 +325,23 @@ def log_buckets(max_tokens: int) -> np.ndarray:
     powers = 2 ** np.arange(max(max_tokens, 1).bit_length())
     edges = np.unique(np.concatenate([[0], powers, [max_tokens]]))
     return edges[edges <= max_tokens]
+
+
+def check_room(passes: Sequence[Pass], max_tokens: int | None) -> None:
+    """Raises:
+    ValueError: a pass shows a model more than it can see at once.
+    """
+    for scoring in passes:
+        needed = max(item.stop - 1 - (-1 if item.carry else item.start) for item in scoring.items)
+        if max_tokens is not None and needed > max_tokens:
+            shorter = {
+                "stream": f"stream_tokens={max_tokens}",
+                "nonoverlap": f"window_tokens={max_tokens}",
+            }
+            advice = shorter.get(
+                family(scoring.protocol), f"contexts up to {max_tokens} less span_tokens"
+            )
+            raise ValueError(
+                f"{scoring.protocol}: needs {needed} tokens at once, and the model takes "
+                f"{max_tokens}; use {advice}, or other protocols"
+            )

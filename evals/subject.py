@@ -68,6 +68,15 @@ class Subject:
     results: Path
     provenance: dict[str, Any]
 
+    def said(self, command: str) -> dict[str, Any]:
+        """What a suite's `run` says of it and of the command, and who shares the work."""
+        return {
+            "name": self.name,
+            "train_length": self.train_length,
+            "provenance": {"command": command, **self.provenance},
+            "processes": self.processes,
+        }
+
 
 def open_subject(arguments: SubjectArguments) -> Subject:
     """Loads what the arguments name.

@@ -38,7 +38,8 @@ from evals.processes import ProcessLost
 from evals.protocols import parse_contexts
 from evals.recall import suite as recall_suite
 from evals.recall.suite import RecallArguments
-from evals.subject import SubjectArguments
+from evals.results_folder import check_replaces_no_larger
+from evals.subject import Subject, SubjectArguments, open_subject
 from pretrain.command_line import parse
 from pretrain.config import load_config
 from pretrain.models import LanguageModel
@@ -84,21 +85,34 @@ class Suite(NamedTuple):
 
     Attributes:
         arguments: the words that it understands.
-        evaluate: does its work, given them and the command; called in every process of a launch.
+        plan: the options that they stand for, all checked before any work is done.
+        evaluate: scores a subject by these options into a folder, and takes the command down;
+            called in every process of a launch.
         rebuild: derives the results in a folder anew, from what the model was needed for.
     """
 
     arguments: type[SubjectArguments]
-    evaluate: Callable[[Any, str], None]
+    plan: Callable[[Any, Subject], Any]
+    evaluate: Callable[[Subject, Any, Path, str], None]
     rebuild: Callable[[Path], None]
 
 
 SUITES: dict[str, Suite] = {
-    "perplexity": Suite(PerplexityArguments, perplexity_suite.evaluate, perplexity_suite.rebuild),
-    "extrapolation": Suite(
-        ExtrapolationArguments, extrapolation_suite.evaluate, extrapolation_suite.rebuild
+    "perplexity": Suite(
+        PerplexityArguments,
+        perplexity_suite.plan,
+        perplexity_suite.evaluate,
+        perplexity_suite.rebuild,
     ),
-    "recall": Suite(RecallArguments, recall_suite.evaluate, recall_suite.rebuild),
+    "extrapolation": Suite(
+        ExtrapolationArguments,
+        extrapolation_suite.plan,
+        extrapolation_suite.evaluate,
+        extrapolation_suite.rebuild,
+    ),
+    "recall": Suite(
+        RecallArguments, recall_suite.plan, recall_suite.evaluate, recall_suite.rebuild
+    ),
 }
 
 
@@ -149,8 +163,16 @@ def evaluate(words: list[str], command: str) -> int:
             "max_position_embeddings; use suite=perplexity, then suite=recall"
         )
     suites = SUITES if chosen == "all" else {chosen: SUITES[chosen]}
-    for suite, arguments in zip(suites.values(), parse_for(suites, words), strict=True):
-        suite.evaluate(arguments, command)
+    arguments = parse_for(suites, words)
+    subject = open_subject(arguments[0])  # by words that every suite understands
+    planned = []
+    for (name, suite), own in zip(suites.items(), arguments, strict=True):
+        out_dir = subject.results / (own.name or name)
+        check_replaces_no_larger(out_dir, subject.documents)
+        planned.append((suite, suite.plan(own, subject), out_dir))
+    # Only now, so that a bad word for the last suite costs nothing of the first.
+    for suite, options, out_dir in planned:
+        suite.evaluate(subject, options, out_dir, command)
     return 0
 
 

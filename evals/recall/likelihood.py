@@ -128,6 +128,32 @@ def cells(options: RecallOptions) -> list[Cell]:
     ]
 
 
+def check(
+    model: ScoredModel, documents: EvalDocuments, encode: Encode, options: RecallOptions
+) -> None:
+    """Raises:
+    ValueError: an option is wrong, a length is more than the model reads, or no question fits.
+    """
+    if problems := options.problems():
+        raise ValueError("; ".join(problems))
+    longest = max(options.lengths)
+    if model.max_tokens is not None and longest + probes.SPAN_TOKENS > model.max_tokens:
+        raise ValueError(
+            f"lengths={longest}: with {probes.SPAN_TOKENS} tokens behind it this is more than the "
+            f"{model.max_tokens} that the model reads; use lengths up to "
+            f"{model.max_tokens - probes.SPAN_TOKENS}"
+        )
+    reasons = []
+    for cell in cells(replace(options, trials=1)):
+        try:
+            questions(cell, documents, encode, replace(options, trials=1))
+        except DoesNotFit as error:
+            reasons.append(f"lengths={cell.length}: no question fits; {cell.probe}: {error}")
+        else:
+            return
+    raise ValueError(reasons[0])
+
+
 def questions(
     cell: Cell, documents: EvalDocuments, encode: Encode, options: RecallOptions
 ) -> list[tuple[Trial, ...]]:

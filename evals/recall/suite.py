@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evals import gates, plots, tensorboard
+from evals import gates, plots, results_folder, tensorboard
 from evals.documents import EvalDocuments
-from evals.facts import FACTS, check_replaces_no_larger, header, read_facts
+from evals.facts import FACTS, header, read_facts
 from evals.processes import Processes
 from evals.protocols import parse_contexts
 from evals.recall import likelihood, probe_report
@@ -30,7 +30,7 @@ from evals.recall.likelihood import Cell, RecallOptions
 from evals.recall.probes import SPAN_TOKENS, Encode
 from evals.score import ScoredModel, model_identity
 from evals.store import write_bytes
-from evals.subject import SubjectArguments, open_subject
+from evals.subject import Subject, SubjectArguments
 
 SCHEMA = "longspan.eval.recall/1"
 OUTPUTS = (FACTS, "result.json", "cells.csv", "recall.png", "report.html")
@@ -50,33 +50,37 @@ class RecallArguments(SubjectArguments):
     segment_tokens: int = 2048
 
 
-def evaluate(arguments: RecallArguments, command: str) -> None:
-    """Asks a model, writes its folder and prints the path of its page last."""
-    depths = parse_depths(arguments.depths)
-    subject = open_subject(arguments)
-    train_length = subject.train_length
-    limit = subject.model.max_tokens
+def plan(arguments: RecallArguments, subject: Subject) -> RecallOptions:
+    """What the words ask for.
+
+    Raises:
+        ValueError: an option is wrong, or does not fit the model or its documents.
+    """
+    train_length, limit = subject.train_length, subject.model.max_tokens
     longest = 4 * train_length if limit is None else min(4 * train_length, limit - SPAN_TOKENS)
     lengths = arguments.lengths or f"{max(1, train_length // 4)}..{longest}"
-    out_dir = subject.results / (arguments.name or "recall")
+    options = RecallOptions(
+        lengths=parse_contexts(lengths, "lengths"),
+        depths=parse_depths(arguments.depths),
+        probes=tuple(filter(None, arguments.probes.split(","))),
+        trials=arguments.trials,
+        candidates=arguments.candidates,
+        seed=arguments.question_seed,
+        segment_tokens=arguments.segment_tokens,
+    )
+    likelihood.check(subject.model, subject.documents, subject.tokenizer.encode, options)
+    return options
+
+
+def evaluate(subject: Subject, options: RecallOptions, out_dir: Path, command: str) -> None:
+    """Asks a model, writes its folder and prints the path of its page last."""
     result = run(
         subject.model,
         subject.documents,
         subject.tokenizer.encode,
-        RecallOptions(
-            lengths=parse_contexts(lengths, "lengths"),
-            depths=depths,
-            probes=tuple(filter(None, arguments.probes.split(","))),
-            trials=arguments.trials,
-            candidates=arguments.candidates,
-            seed=arguments.question_seed,
-            segment_tokens=arguments.segment_tokens,
-        ),
+        options,
         out_dir,
-        name=subject.name,
-        train_length=train_length,
-        provenance={"command": command, **subject.provenance},
-        processes=subject.processes,
+        **subject.said(command),
     )
     if subject.processes.is_main:
         show(result, out_dir)
@@ -119,26 +123,13 @@ def run(
         The content of result.json, in every process.
 
     Raises:
-        ValueError: an option is wrong, or no question fits.
+        ValueError: of `likelihood.check`, or `out_dir` holds an evaluation of more documents, or
+            one that is still going on.
         GateFailure: a gate did not hold; earlier results in `out_dir` are gone by then.
         ProcessLost: another process died or hangs.
     """
-    problems = options.problems()
-    if problems:
-        raise ValueError("; ".join(problems))
-    longest = max(options.lengths) + SPAN_TOKENS
-    if model.max_tokens is not None and longest > model.max_tokens:
-        raise ValueError(
-            f"lengths={max(options.lengths)}: with {SPAN_TOKENS} tokens behind it this is more "
-            f"than the {model.max_tokens} that the model reads; use lengths up to "
-            f"{model.max_tokens - SPAN_TOKENS}"
-        )
-    check_replaces_no_larger(out_dir, documents)
-    with (processes or Processes()).scope() as among:
-        if among.is_main:
-            for stale in OUTPUTS:
-                (out_dir / stale).unlink(missing_ok=True)
-            tensorboard.clear(out_dir)
+    likelihood.check(model, documents, encode, options)
+    with results_folder.claim(out_dir, documents, OUTPUTS, processes) as among:
         before = model.fingerprint()
         checked_tokens = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
         checked = gates.check_model(model, documents, checked_tokens)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from data.folder_lock import lock_folder
 from data.prepare import PrepareConfig, prepare
 from data.shards import Corpus
 from data.tokenizer import BOS_ID, EOS_ID
@@ -177,6 +178,41 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(run, words, message, capsy
     assert message in shown
     assert "Traceback" not in shown
     assert not (run / "eval" / "perplexity" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["candidates=1"], "candidates=1: must be at least 2"),
+        (["depths=0,half"], "depths=0,half is no list of shares"),
+        (["lengths=16"], "lengths=16: no question fits"),
+        (["min_documents=5"], "min_documents=5: only 4 of 4 documents"),
+        (["limit=2", "min_documents=2"], "recall holds an evaluation of 4 documents"),
+    ],
+)
+def test_options_of_all_suites_are_checked_before_the_first_one_scores(run, words, message, capsys):
+    fingerprint = Corpus.open(subject.load_model(run, "latest")[1].data.path).fingerprint
+    (run / "eval" / "recall").mkdir(parents=True)
+    larger = {"data": {"fingerprint": fingerprint, "split": "validation", "n_docs": 4}}
+    (run / "eval" / "recall" / "facts.json").write_text(json.dumps(larger))
+    good = ["contexts=16,32", "min_documents=4", "concat_tokens=0", "trials=2"]
+    words = [*(word for word in good if word.split("=")[0] not in "".join(words)), *words]
+    assert evaluate.main([f"run={run}", "suite=all", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in (run / "eval").iterdir()] == ["recall"]
+
+
+@pytest.mark.parametrize("suite", evaluate.SUITES)
+def test_two_evaluations_of_one_folder_exclude_each_other(run, suite, capsys):
+    folder = run / "eval" / suite
+    words = [f"run={run}", f"suite={suite}", "device=cpu"]
+    if suite == "extrapolation":
+        words += ["multiples=1/2..2", "min_documents=4"]
+    with lock_folder(folder, AssertionError()):
+        (folder / "result.json").write_text("the other one's")
+        assert evaluate.main(words) == 2
+        assert "another evaluation is writing there; wait for it" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == ["result.json"]
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(run, monkeypatch, capsys):

@@ -168,7 +168,8 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_work_is_dealt_out_once_and_evenly(size, tmp_path):
-    (scoring,) = perplexity.plan(DOCUMENTS.lengths, PerplexityOptions((16,), ("position",)), 32)
+    options = PerplexityOptions((16,), ("position",))
+    (scoring,) = perplexity.plan(Rounding(TRANSITIONS), DOCUMENTS, options, 32)
     parts = passes._parts(scoring, "", tmp_path)
     parts += [passes.Part(scoring, k, [], 100 * k, tmp_path, "") for k in range(1, 20)]
     hands = passes.deal(parts, size)
