@@ -8,6 +8,7 @@ both sides.
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,8 @@ def evaluate(
         identity = _identity(documents, training, table)
         scored = TokenTable.load_if_same(path, identity) if path else None
         if scored is None:
-            nll = losses.of(table)
             meta = {**table.meta, "identity": identity, "cost": {}}
-            scored = TokenTable(table.doc, table.position, table.context, nll, table.n_bytes, meta)
+            scored = replace(table, nll=losses.of(table), meta=meta)
             if path:
                 scored.save(path)
         tables[name] = scored
@@ -93,7 +93,7 @@ class _Losses:
             if self._model is None:
                 self._model = self._fit()
             by_byte = np.concatenate([[0.0], self._model.nll(self._documents.text(doc)).cumsum()])
-            lengths = self._documents.byte_lengths()[np.asarray(self._documents.tokens[doc])]
+            lengths = self._documents.byte_lengths[np.asarray(self._documents.tokens[doc])]
             ends = lengths.cumsum()
             self._cache[doc] = by_byte[ends] - by_byte[ends - lengths]
         return self._cache[doc]

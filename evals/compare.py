@@ -305,7 +305,7 @@ def _verdict(
     n_pairs: int,
 ) -> Verdict:
     table = a.tables[name]
-    n_tokens = int((table.n_bytes > 0).sum()) if metric == "bpb" else len(table.nll)
+    n_tokens = int(table.is_text.sum()) if metric == "bpb" else len(table.nll)
     difference = stats.ratio(*sums, n_tokens)
     sign = stats.sign_of(difference.value, band95 or difference.ci95)
     of_a, of_b = ([run.level(name, metric) for run in side.trainings] for side in (a, b))

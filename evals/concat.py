@@ -68,7 +68,17 @@ def join(documents: EvalDocuments, n_tokens: int) -> Joined:
         if not left:
             break
     n_bytes = sum(documents.raw_bytes[: len(parts)])
-    joined = replace(documents, tokens=[np.concatenate(parts)], raw_bytes=[n_bytes])
+    text_bytes = documents.text_bytes
+    if text_bytes is not None:
+        own = zip(text_bytes, parts, strict=False)
+        text_bytes = [np.concatenate([n[: len(part)] for n, part in own])]
+    joined = replace(
+        documents,
+        tokens=[np.concatenate(parts)],
+        raw_bytes=[n_bytes],
+        texts=None,
+        text_bytes=text_bytes,
+    )
     return Joined(joined, [len(part) for part in parts])
 
 
@@ -150,7 +160,8 @@ def load_or_score(
         return table
     n_tokens = scoring.settings["n_tokens"]
     joined, metered = join(documents, n_tokens), MeteredModel(model)
-    bar = tqdm(total=n_tokens, desc=scoring.name, unit="tok", unit_scale=True, disable=not progress)
+    hide = None if progress else True  # None: where stderr is no terminal
+    bar = tqdm(total=n_tokens, desc=scoring.name, unit="tok", unit_scale=True, disable=hide)
 
     def advance(n: int) -> None:
         processes.count(scoring.name, n)  # those that wait see that this one works

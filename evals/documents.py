@@ -2,14 +2,16 @@
 
 A document's last token is EOS; the scorer puts BOS before it, or whatever stood there in training.
 Bytes are those of the decoded tokens: with a lossless tokenizer they are the original text's, and
-`lossless` says whether they are. Tokens without bytes (EOS) are left out of bits per byte in both
-sums, numerator and denominator.
+`lossless` says whether they are. Where the text is at hand and its tokens decode to another one
+(`evals.huggingface`), bytes are the text's own. Tokens that stand for no text (EOS) are left out of
+bits per byte in both sums, numerator and denominator.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,9 @@ class EvalDocuments:
         raw_bytes: bytes of each document's original text.
         source: where it came from, JSON-able: path, split and the like.
         n_words: per document, where they are counted on another text than the tokens'.
+        texts: per document, where its tokens decode to another text.
+        text_bytes: with `texts`, per document (n,) of its text's bytes, those that each token
+            accounts for; -1 for tokens that stand for no text.
     """
 
     tokens: Sequence[np.ndarray]
@@ -42,6 +47,8 @@ class EvalDocuments:
     raw_bytes: Sequence[int]
     source: dict[str, Any] = field(default_factory=dict)
     n_words: Sequence[int] | None = None
+    texts: Sequence[bytes] | None = None
+    text_bytes: Sequence[np.ndarray] | None = None
 
     @property
     def identity(self) -> str:
@@ -58,9 +65,17 @@ class EvalDocuments:
     def lengths(self) -> list[int]:
         return [len(tokens) for tokens in self.tokens]
 
+    @cached_property
     def byte_lengths(self) -> np.ndarray:
         """(V,) int64 text bytes of each id; 0 for specials."""
         return np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
+
+    def bytes_of(self, doc: int, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) text bytes of a document's tokens; -1 for those that are no text."""
+        if self.text_bytes is not None:
+            return self.text_bytes[doc][start:stop]
+        lengths = self.byte_lengths[np.asarray(self.tokens[doc][start:stop])]
+        return np.where(lengths > 0, lengths, -1)
 
     def slice(self, doc: int, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop) of a document as int64, where index -1 is BOS."""
@@ -68,19 +83,16 @@ class EvalDocuments:
         return np.concatenate([[self.bos_id], ids]) if start < 0 else ids
 
     def text(self, doc: int) -> bytes:
-        """The document's text, decoded from its tokens."""
+        """The document's text, decoded from its tokens where it is not at hand."""
+        if self.texts is not None:
+            return self.texts[doc]
         return decode(self.tokens[doc], self.token_bytes)
 
     def words(self, doc: int) -> int:
-        """Words of the document's text as lm-evaluation-harness counts them for word perplexity.
-
-        `len(re.split(r"\\s+", text))`: a white-space run at either end counts one more. They are
-        those of the text as prepared, but for `evals.wikitext`.
-        """
+        """Words of the document's text, as prepared but for `evals.wikitext`."""
         if self.n_words is not None:
             return self.n_words[doc]
-        text = self.text(doc).decode(errors="replace")
-        return 1 + sum(1 for _ in re.finditer(r"\s+", text))
+        return count_words(self.text(doc).decode(errors="replace"))
 
     def words_if_whole(self, doc: np.ndarray, n_bytes: np.ndarray) -> list[int] | None:
         """Words per document where scored tokens stand for every byte of it; None otherwise.
@@ -102,12 +114,23 @@ class EvalDocuments:
         return digest.hexdigest()
 
     def lossless(self) -> bool:
-        """Whether every document's decoded bytes are as many as its original bytes."""
-        lengths = self.byte_lengths()
+        """Whether every document's tokens decode to its text, up to a space in front, or to as many
+        bytes where the text is not at hand."""
+        if self.texts is not None:
+            decoded = (decode(ids, self.token_bytes) for ids in self.tokens)
+            return all(d in (t, b" " + t) for d, t in zip(decoded, self.texts, strict=True))
         return all(
-            int(lengths[np.asarray(ids)].sum()) == raw
+            int(self.byte_lengths[np.asarray(ids)].sum()) == raw
             for ids, raw in zip(self.tokens, self.raw_bytes, strict=True)
         )
+
+
+def count_words(text: str) -> int:
+    """Words as lm-evaluation-harness counts them for word perplexity.
+
+    `len(re.split(r"\\s+", text))`: a white-space run at either end counts one more.
+    """
+    return 1 + sum(1 for _ in re.finditer(r"\s+", text))
 
 
 def decode(ids: np.ndarray, token_bytes: list[bytes]) -> bytes:

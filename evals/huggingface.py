@@ -7,8 +7,9 @@ but their text: compare by bits per byte. The state that is carried through a do
 of keys and values, all of them, which the model's masks then cut to its windows; a model that
 carries another state is refused. Nothing is fetched and no code of the folder is run.
 
-Surprising: tokenizers in the way of Llama put a space before a text. It counts as a byte of the
-first token, so `lossless` is false although no text is lost, by one byte in a document.
+Surprising: what tokens decode to is not the text. Tokenizers in the way of Llama put a space before
+it, and an `<unk>` decodes to nothing. Bytes are those of the text: the space is none, and what the
+`<unk>` stands for counts.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals.documents import EvalDocuments
+from evals.documents import EvalDocuments, decode
 from evals.score import state_dict_sha256
 from pretrain.mixers.base import cat_states, index_state
 
@@ -153,15 +154,41 @@ class HuggingFaceTokenizer:
             raise ValueError(f"hf={folder}: its tokenizer has neither a BOS nor an EOS token")
         self.bos_id, self.eos_id = known[0], known[-1]
         self._decoders = set(_types(json.loads(content)["decoder"]))
+        self._token_bytes = self._spell()
 
     def encode(self, text: str) -> np.ndarray:
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.array(ids, np.int32)
 
+    def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text, and how many of its bytes each accounts for; these sum to all of them.
+
+        Where tokens do not spell the text, their places in it count: a byte belongs to the first
+        token that ends behind it, and what no token covers to the one after it, or to the last.
+
+        Raises:
+            ValueError: there is text, and it has no token.
+        """
+        found = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = np.array(found["input_ids"], np.int32)
+        if decode(ids, self._token_bytes) == text.encode():
+            return ids, np.array([len(self._token_bytes[i]) for i in ids], np.int64)
+        if not len(ids):
+            raise ValueError(f"hf={self.folder}: its tokenizer makes no token of {text[:20]!r}")
+        ends = np.maximum.accumulate([end for _, end in found["offset_mapping"]])
+        ends[-1] = len(text)
+        bytes_before = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text])])
+        return ids, np.diff(bytes_before[ends], prepend=0)
+
     def decode(self, ids: Any) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def token_bytes(self) -> list[bytes]:
+        return self._token_bytes
+
+    def _spell(self) -> list[bytes]:
         if not self._decoders & {"ByteLevel", "ByteFallback", "Metaspace"}:
             raise ValueError(
                 f"hf={self.folder}: its tokenizer is neither byte-level nor in the way of "
@@ -193,10 +220,9 @@ def encode_documents(
     """
     if not texts:
         raise ValueError("text=: there is no document; give files with at least one")
-    tokens = [
-        np.append(tokenizer.encode(text), tokenizer.eos_id).astype(np.int32) for text in texts
-    ]
-    digest = hashlib.sha256(tokenizer.sha256.encode())
+    encoded = [tokenizer.encode_with_bytes(text) for text in texts]
+    tokens = [np.append(ids, tokenizer.eos_id).astype(np.int32) for ids, _ in encoded]
+    digest = hashlib.sha256(f"2 {tokenizer.sha256}".encode())  # 2: bytes are the text's own
     for ids in tokens:
         digest.update(hashlib.sha256(ids.tobytes()).digest())
     return EvalDocuments(
@@ -207,6 +233,8 @@ def encode_documents(
         tokenizer_sha256=tokenizer.sha256,
         raw_bytes=[len(text.encode()) for text in texts],
         source=source,
+        texts=[text.encode() for text in texts],
+        text_bytes=[np.append(n_bytes, -1) for _, n_bytes in encoded],
     )
 
 

@@ -97,7 +97,7 @@ def _level_metrics(table: TokenTable) -> list[Metric]:
         _metric("token_ppl", "per token", table, _exponential(nll)),
     ]
     if n_bytes.sum():
-        with_text = int((table.n_bytes > 0).sum())
+        with_text = int(table.is_text.sum())
         if table.meta["n_words"]:
             per_word = stats.ratio(bits * np.log(2.0), table.meta["n_words"], with_text)
             metrics.append(_metric("word_ppl", "per word", table, _exponential(per_word)))

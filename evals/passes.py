@@ -72,7 +72,7 @@ def score_passes(
         folder: of the token store; the same one for all processes.
         model_id: its `model_identity`.
         processes: all of them have to call this.
-        progress: rank 0 shows a bar, and a line for each finished pass, on stderr.
+        progress: rank 0 shows a bar on a terminal, and a line for each finished pass, on stderr.
 
     Returns:
         By name of the pass: in rank 0 the tables, in others nothing.
@@ -208,7 +208,7 @@ class _Progress:
             total=sum(self.tokens.values()),
             unit="tok",
             unit_scale=True,
-            disable=not show,
+            disable=None if show else True,  # None: where stderr is no terminal
             file=sys.stderr,
         )
 

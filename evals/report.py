@@ -153,7 +153,7 @@ def findings(
             lines.append(_gain_sentence(run, beyond[-1]))
         if not run.result["tokenizer"]["lossless"]:
             lines.append(
-                f"{run.name}: its tokenizer loses text; bytes are those that its tokens decode to."
+                f"{run.name}: its tokenizer loses text; its losses are of what is left of it."
             )
     n_gates = sum(len(training.result["gates"]) for training in _trainings(models))
     lines.append(f"All {n_gates} gates passed.")

@@ -235,15 +235,13 @@ def _table(
         [np.arange(item.score_from, item.stop, dtype=np.int32) for item, _ in rows]
     )
     context = np.concatenate([item.context().astype(np.int32) for item, _ in rows])
-    byte_lengths = documents.byte_lengths()
     n_bytes = np.concatenate(
-        [
-            byte_lengths[np.asarray(documents.tokens[item.doc][item.score_from : item.stop])]
-            for item, _ in rows
-        ]
-    ).astype(np.uint16)
+        [documents.bytes_of(item.doc, item.score_from, item.stop) for item, _ in rows]
+    )
+    is_text = n_bytes >= 0
+    n_bytes = np.maximum(n_bytes, 0).astype(np.uint32)
     nll = np.concatenate([nll for _, nll in rows]).astype(np.float32)
-    return TokenTable(doc, position, context, nll, n_bytes, meta)
+    return TokenTable(doc, position, context, nll, n_bytes, is_text, meta)
 
 
 def peak_memory(device: torch.device) -> int:

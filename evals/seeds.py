@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -83,4 +84,4 @@ def mean(seeds: Sequence[EvalRun]) -> EvalRun:
 def _mean_table(tables: Sequence[TokenTable]) -> TokenTable:
     first = tables[0]
     nll = np.stack([table.nll for table in tables]).mean(0, dtype=np.float64).astype(np.float32)
-    return TokenTable(first.doc, first.position, first.context, nll, first.n_bytes, meta=first.meta)
+    return replace(first, nll=nll)

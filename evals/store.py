@@ -23,7 +23,7 @@ from evals.protocols import Pass, WorkItem
 from evals.stats import per_document
 
 STORE_FORMAT = 3
-_COLUMNS = ("doc", "position", "context", "nll", "n_bytes")
+_COLUMNS = ("doc", "position", "context", "nll", "n_bytes", "is_text")
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError),
     *(zipfile.BadZipFile, zlib.error, TokenError),  # of an archive and of an array's header
@@ -39,7 +39,9 @@ class TokenTable:
         position: int32 index of the token in its document.
         context: int32 real tokens of the own document the model could see.
         nll: float32 nats.
-        n_bytes: uint16 text bytes of the token, 0 for specials.
+        n_bytes: uint32 text bytes of the token, 0 for specials.
+        is_text: bool, whether its loss is one of the text; some such tokens have no bytes, such as
+            the mark that Llama's tokenizer puts in front.
         meta: pass, identity, cost, and `n_words` per document where all of its text was scored.
     """
 
@@ -48,6 +50,7 @@ class TokenTable:
     context: np.ndarray
     nll: np.ndarray
     n_bytes: np.ndarray
+    is_text: np.ndarray
     meta: dict[str, Any]
 
     def select(self, rows: np.ndarray) -> "TokenTable":
@@ -63,9 +66,9 @@ class TokenTable:
         )
 
     def bits_and_bytes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Per document (n_docs,): bits and bytes of the tokens that have bytes."""
+        """Per document (n_docs,): bits and bytes of the tokens that stand for text."""
         n_docs = self._n_docs()
-        bits = np.where(self.n_bytes > 0, self.nll, 0.0) / np.log(2.0)
+        bits = np.where(self.is_text, self.nll, 0.0) / np.log(2.0)
         return per_document(self.doc, bits, n_docs), per_document(self.doc, self.n_bytes, n_docs)
 
     def same_tokens(self, other: "TokenTable") -> bool:
@@ -106,7 +109,9 @@ class TokenTable:
         try:
             with np.load(path) as arrays:
                 meta = json.loads(str(arrays["meta"]))
-                columns = {name: arrays[name] for name in _COLUMNS}
+                # Files from before `is_text` are of text that all has bytes.
+                found = {"is_text": arrays["n_bytes"] > 0, **arrays}
+                columns = {name: found[name] for name in _COLUMNS}
         except _UNREADABLE as error:
             raise ValueError(
                 f"{path}: cannot be read ({error}); delete it and evaluate again"

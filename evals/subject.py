@@ -86,6 +86,10 @@ def open_subject(arguments: SubjectArguments) -> Subject:
         CheckpointError: the checkpoint is missing or damaged.
     """
     _full_fp32()
+    if arguments.detokenize not in ("", "wikitext"):
+        raise ValueError(
+            f"detokenize={arguments.detokenize}: use detokenize=wikitext, or leave it out"
+        )
     if arguments.hf:
         return _open_hf(arguments)
     if not arguments.run:
@@ -109,10 +113,12 @@ def open_subject(arguments: SubjectArguments) -> Subject:
         )
     start = start_id(config.data.mode, config.data.boundary)
     documents = from_corpus(corpus, arguments.limit, start)
+    if arguments.detokenize:
+        documents = wikitext.detokenized(documents, corpus.tokenizer.encode)
     return Subject(
         name=config.name,
         model=LanguageModelScorer(model, device, arguments.precision),
-        documents=_detokenized(documents, corpus.tokenizer, arguments.detokenize),
+        documents=documents,
         tokenizer=corpus.tokenizer,
         train_length=config.train.seq_len,
         processes=join(),
@@ -160,15 +166,19 @@ def _open_hf(arguments: SubjectArguments) -> Subject:
         texts = list(itertools.islice(rows, limit))
         source = {"path": arguments.text, "split": arguments.split or "text", "limit": limit}
     tokenizer = HuggingFaceTokenizer(folder)
+    if arguments.detokenize:
+        read = [wikitext.detokenize(page) for page in texts]
+        documents = encode_documents(read, tokenizer, source)
+        documents = wikitext.counted_as_published(documents, texts)
+    else:
+        documents = encode_documents(texts, tokenizer, source)
     model = HuggingFaceScorer(folder, _device(arguments.device), arguments.precision)
     if model.max_tokens is None:
         raise ValueError(f"hf={folder}: its config.json has no max_position_embeddings; add it")
     return Subject(
         name=Path(arguments.out).name,
         model=model,
-        documents=_detokenized(
-            encode_documents(texts, tokenizer, source), tokenizer, arguments.detokenize
-        ),
+        documents=documents,
         tokenizer=tokenizer,
         train_length=model.max_tokens,
         processes=join(),
@@ -180,13 +190,6 @@ def _open_hf(arguments: SubjectArguments) -> Subject:
             "parameters": sum(p.numel() for p in model.model.parameters()),
         },
     )
-
-
-def _detokenized(documents: EvalDocuments, tokenizer: Tokenizer, corpus: str) -> EvalDocuments:
-    """The documents as a model shall read them; `corpus` names whose spaces are to be taken out."""
-    if corpus not in ("", "wikitext"):
-        raise ValueError(f"detokenize={corpus}: use detokenize=wikitext, or leave it out")
-    return wikitext.detokenized(documents, tokenizer.encode) if corpus else documents
 
 
 def _full_fp32() -> None:

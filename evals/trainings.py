@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from data.folder_lock import lock_folder
 from pretrain.training.environment import visible_gpus
 
 Result = dict[str, Any]
@@ -60,9 +61,16 @@ def run_all(experiment: Experiment, out_dir: Path, workers: int) -> list[Result]
         One result per training, whenever it was done.
 
     Raises:
-        ValueError: `out_dir` holds a training with other settings.
+        ValueError: `out_dir` holds a training with other settings, or another command trains there.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
+    taken = ValueError(
+        f"{out_dir}: another command is training there; wait for it, or use another out="
+    )
+    with lock_folder(out_dir, taken):
+        return _run_all(experiment, out_dir, workers)
+
+
+def _run_all(experiment: Experiment, out_dir: Path, workers: int) -> list[Result]:
     searches = [(row, seed) for row in experiment.rows for seed in experiment.seeds]
     for row, seed in searches:
         for learning_rate in experiment.learning_rates:
@@ -78,8 +86,10 @@ def run_all(experiment: Experiment, out_dir: Path, workers: int) -> list[Result]
     pool = ProcessPoolExecutor(n_workers, context, _take_gpu, (gpus,))
     try:
         futures = [pool.submit(search, experiment, row, seed, out_dir) for row, seed in searches]
-        bar = tqdm(as_completed(futures), total=len(futures), desc="models x seeds", unit="search")
-        for future in bar:
+        done = as_completed(futures)
+        for future in tqdm(
+            done, total=len(futures), desc="models x seeds", unit="search", disable=None
+        ):
             results += future.result()
     finally:
         pool.shutdown(cancel_futures=True)

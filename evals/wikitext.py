@@ -11,12 +11,12 @@ literally, and so all but never applies; it is kept, for equal numbers.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from evals.documents import EvalDocuments
+from evals.documents import EvalDocuments, count_words
 
 Rule = tuple[str, str]
 
@@ -70,15 +70,24 @@ def detokenized(documents: EvalDocuments, encode: Callable[[str], Iterable[int]]
             "published; use a lossless tokenizer"
         )
     numbers = range(len(documents.tokens))
-    texts = [detokenize(documents.text(number).decode()) for number in numbers]
-    return replace(
+    pages = [documents.text(number).decode() for number in numbers]
+    texts = [detokenize(page) for page in pages]
+    read = replace(
         documents,
         tokens=[
             np.array([*encode(text), documents.tokens[number][-1]])  # EOS
             for number, text in zip(numbers, texts, strict=True)
         ],
         raw_bytes=[len(text.encode()) for text in texts],
-        n_words=[documents.words(number) for number in numbers],
+    )
+    return counted_as_published(read, pages)
+
+
+def counted_as_published(documents: EvalDocuments, pages: Sequence[str]) -> EvalDocuments:
+    """Documents of detokenised pages, their words counted on the pages as published."""
+    return replace(
+        documents,
+        n_words=[count_words(page) for page in pages],
         fingerprint=hashlib.sha256(f"wikitext 1 {documents.fingerprint}".encode()).hexdigest(),
         source={**documents.source, "detokenize": "wikitext"},
     )

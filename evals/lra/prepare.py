@@ -98,9 +98,8 @@ def generate(
         for index, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
             parts: list[Examples] = []
             missing, chunk = size, 0
-            with tqdm(
-                total=size, desc=f"{split} examples", unit="ex", disable=size < _CHUNK
-            ) as bar:
+            hide = True if size < _CHUNK else None  # None: where stderr is no terminal
+            with tqdm(total=size, desc=f"{split} examples", unit="ex", disable=hide) as bar:
                 while missing > 0:
                     keys = [[seed, index, chunk + k] for k in range(math.ceil(missing / _CHUNK))]
                     chunk += len(keys)

@@ -215,8 +215,8 @@ def score_cells(
     # The longest first, so that no process is left with one of them at the end.
     missing = sorted((cell for cell in wanted if cell.name in names), key=lambda c: -c.length)
     # Not at once: where nothing fits, the reason is all there is to say.
-    show = progress and processes.is_main
-    bar = tqdm(total=len(missing), desc="recall", unit="cell", disable=not show, delay=1)
+    hide = None if progress and processes.is_main else True  # None: where stderr is no terminal
+    bar = tqdm(total=len(missing), desc="recall", unit="cell", disable=hide, delay=1)
     for cell in missing[processes.rank :: processes.size]:
         began = time.perf_counter()
         try:

@@ -167,7 +167,7 @@ def induction(
     """
     if length < SPAN_TOKENS:
         raise DoesNotFit(f"the repeated span has {SPAN_TOKENS} tokens")
-    ids = np.flatnonzero(documents.byte_lengths())
+    ids = np.flatnonzero(documents.byte_lengths)
     span, control = rng.choice(ids, size=(2, SPAN_TOKENS))
     doc, passage = _passage(documents, length - SPAN_TOKENS, rng, trial)
     first = Trial(doc, _join([documents.bos_id]), [span], 0)

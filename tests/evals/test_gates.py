@@ -1,12 +1,13 @@
 """Each planted fault is caught by its gate, no report is written, and an honest model passes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy_models import Recurrent, Uniform, random_documents
 
 from evals import gates, perplexity, protocols
 from evals.score import score
-from evals.store import TokenTable
 
 DOCUMENTS = random_documents([300, 260, 240])
 OPTIONS = perplexity.PerplexityOptions(contexts=(16, 64), stream_tokens=64, segment_tokens=32)
@@ -76,7 +77,7 @@ def test_coverage_counts_missing_repeated_and_impossible_losses(fault):
         rows[1] = rows[0]
     nll = table.nll.copy()
     nll[5] = {"negative": -0.1, "nan": np.nan}.get(fault, nll[5])
-    damaged = TokenTable(table.doc, table.position, table.context, nll, table.n_bytes, table.meta)
+    damaged = replace(table, nll=nll)
     result = gates.check_coverage(scoring, damaged.select(rows))
     assert not result.passed
     assert result.value >= 1

@@ -1,5 +1,6 @@
 """A Hugging Face folder is scored like our model with the same weights, and its bytes are right."""
 
+import hashlib
 import json
 import sys
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from toy_models import Uniform
 from transformers import GPT2Config, PreTrainedTokenizerFast
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
@@ -157,6 +159,50 @@ def test_a_model_with_another_state_is_refused(tmp_path):
     scorer = HuggingFaceScorer(tmp_path, CPU)
     with pytest.raises(ValueError, match="carries another state than keys and values"):
         scorer.nll(torch.zeros(1, 9, dtype=torch.int64))
+
+
+def like_llama_2():
+    """A space in front of every text, and words that no other symbol spells are unknown."""
+    symbols = ["<s>", "</s>", "<unk>", "\u2581", *"acghimnortuy", "<0x0A>"]
+    model = models.BPE({symbol: k for k, symbol in enumerate(symbols)}, [], unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "lossless"),
+    [
+        ("a cat ran", True),
+        ("caf\u00e9 in \u6771\u4eac, \U0001f600", False),
+        ("\u6771\u6771\u6771 \u6771", False),
+        ("a</s>cat", False),
+    ],
+)
+def test_bytes_are_the_texts_own_whatever_its_tokens_decode_to(text, lossless, tmp_path):
+    GPT2Config(vocab_size=300).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, like_llama_2())
+    documents = encode_documents([text, "no"], HuggingFaceTokenizer(tmp_path), {})
+    assert documents.text(0) == text.encode()
+    assert documents.text_sha256() == plain_sha256([text, "no"])
+    assert documents.lossless() == lossless
+    (scoring,) = protocols.position(documents.lengths, 100)
+    table = score(Uniform(documents.vocab_size), documents, scoring)
+    bits, n_bytes = table.bits_and_bytes()
+    assert n_bytes.tolist() == [len(text.encode()), 2]
+    # Every token but EOS is charged, those that stand for no byte or an unknown one too.
+    charged = np.array(documents.lengths) - 1
+    np.testing.assert_allclose(bits, charged * np.log2(documents.vocab_size), rtol=1e-6)
+
+
+def plain_sha256(texts):
+    each = (hashlib.sha256(text.encode()).digest() for text in texts)
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 @pytest.mark.parametrize("kind", [byte_level, byte_fallback])

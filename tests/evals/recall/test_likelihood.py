@@ -390,7 +390,7 @@ def test_options_that_make_no_sense_are_refused(changes, reason, tmp_path):
 
 
 def test_a_vocabulary_without_text_is_no_place_for_random_spans():
-    assert random_documents([10]).byte_lengths()[:FIRST].sum() == 0
+    assert random_documents([10]).byte_lengths[:FIRST].sum() == 0
     rng = np.random.default_rng(0)
     first, second = probes.induction(DOCUMENTS, 100, rng, 0)
     assert second.context[1 : 1 + SPAN_TOKENS].tolist() == first.candidates[0].tolist()
