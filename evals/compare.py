@@ -111,20 +111,20 @@ class Comparison(NamedTuple):
     verdicts: list[Verdict]
 
 
-def load(path: Path, suite: str = "perplexity") -> EvalRun:
-    """Reads an evaluation from its folder or from its run's folder.
+def load(path: Path, name: str = "perplexity") -> EvalRun:
+    """Reads an evaluation from its folder, or from its run's folder, where it has a name.
 
     Raises:
         ValueError: nothing was evaluated there, by another suite only, or the store lacks a pass or
             holds another one.
     """
-    folders = [path, path / "eval" / suite]
+    folders = [path, path / "eval" / name]
     found = [folder for folder in folders if (folder / "result.json").is_file()]
     if not found:
         raise ValueError(
-            f"{path}: no result.json there or in eval/{suite}; evaluate it first: "
+            f"{path}: no result.json there or in eval/{name}; evaluate it first: "
             f"python launch/evaluate.py run={path} contexts=64..8192"
-            + (f" name={suite}" if suite != "perplexity" else "")
+            + (f" name={name}" if name != "perplexity" else "")
         )
     try:
         result = json.loads((found[0] / "result.json").read_bytes())
@@ -192,10 +192,20 @@ def incomparable(a: EvalRun, b: EvalRun, allow: Sequence[str] = ()) -> list[str]
     return reasons
 
 
+def check_allowances(allow: Sequence[str]) -> None:
+    """Raises:
+    ValueError: there is no such allowance.
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown:
+        raise ValueError(f"allow={','.join(unknown)}: choose from {', '.join(ALLOWANCES)}")
+
+
 def allowed(runs: Sequence[EvalRun], allow: Sequence[str]) -> list[str]:
-    """What differs between the first run and another, and was let pass; one line each."""
+    """What differs between the first training and another, and was let pass; one line each."""
     keys = [ALLOWANCES[name] for name in allow]
-    return [line for run in runs[1:] for _, line in _differ(runs[0], run, keys)]
+    first, *others = (training for run in runs for training in run.trainings)
+    return [line for other in others for _, line in _differ(first, other, keys)]
 
 
 def compare(
@@ -216,9 +226,7 @@ def compare(
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"runs={','.join(names)}: each needs a name of its own")
-    unknown = sorted(set(allow) - set(ALLOWANCES))
-    if unknown:
-        raise ValueError(f"allow={','.join(unknown)}: choose from {', '.join(ALLOWANCES)}")
+    check_allowances(allow)
     pairs = list(itertools.combinations(runs, 2))
     if with_first_only:
         pairs = pairs[: len(runs) - 1]

@@ -19,10 +19,11 @@ from L0. A verdict compares C > L0 with L0 and is the first of these that holds 
 
     diverges    a loss is not finite, or the loss is above that behind the smallest context by more
                 than `diverge_nats`: the whole band of `gain` lies below -diverge_nats
-    gains       the band of `gain_beyond_training` lies above 0
+    flat        the band of `gain_beyond_training` lies within +-`flat_margin_nats`: there is no
+                difference that matters, be there a small one or none
+    gains       it lies above 0
     degrades    it lies below 0
-    flat        it lies within +-`flat_margin_nats`: no difference that matters, shown
-    undecided   none of these: no difference is shown, and none is excluded
+    undecided   none of these: no difference is shown, and none that matters is excluded
 
 Effective context, for a margin m = `flat_margin_nats`: the smallest C of the grid from which no
 larger one gains more than m,
@@ -390,12 +391,9 @@ def judge(
     margin: float,
 ) -> str:
     """A gain in words, from an interval that covers it; see the module's docstring."""
-    sign = stats.sign_of(gain, interval)
-    if sign:
-        return "gains" if sign > 0 else "degrades"
     if interval is not None and -margin <= interval[0] and interval[1] <= margin:
         return "flat"
-    return "undecided"
+    return {1: "gains", -1: "degrades", 0: "undecided"}[stats.sign_of(gain, interval)]
 
 
 def _verdict(

@@ -23,7 +23,7 @@ _MEANING = {
     "flat": "the loss is that of the training length, within the margin",
     "degrades": "the loss is higher than at the training length",
     "diverges": "the loss is not finite, or far above that behind the smallest context",
-    "undecided": "no difference shown, and none excluded",
+    "undecided": "no difference shown, and none that matters excluded",
     "n_docs_low": "left out: too few documents reach it",
 }
 
@@ -128,10 +128,11 @@ def _verdict_table(result: dict[str, Any]) -> tuple[str, Row, list[Row]]:
     options = result["options"]
     note = (
         "Gain in nats per token over the training length on the same targets, positive: more "
-        "context helps. `gains`, `degrades`: the band that holds all contexts at once excludes 0 "
-        f"(differences below {RESOLUTION:g} are rounding). `flat`: it lies within "
-        f"{options['flat_margin_nats']:g}. `diverges`: not finite, or worse than behind the "
-        f"smallest context by more than {options['diverge_nats']:g}. `undecided`: none of these; "
+        "context helps. `flat`: the band that holds all contexts at once lies within "
+        f"{options['flat_margin_nats']:g} of 0. `gains`, `degrades`: it does not, and excludes 0 "
+        f"(differences below {RESOLUTION:g} are rounding). `diverges`: not finite, or worse than "
+        f"behind the smallest context by more than {options['diverge_nats']:g}. `undecided`: none "
+        "of these; "
         f"`n_docs_low`: fewer than {options['min_documents']} documents reach it. A window that "
         "sees no further is flat as well."
     )

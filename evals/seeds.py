@@ -36,10 +36,11 @@ def recipe_sha256(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def group(runs: Sequence[EvalRun]) -> list[EvalRun]:
+def group(runs: Sequence[EvalRun], allow: Sequence[str] = ()) -> list[EvalRun]:
     """Puts a mean in the place of the runs of one recipe and several seeds, the first one's place.
 
     Runs without a recipe (models from elsewhere), and those of one recipe and one seed, stay alone.
+    `allow`: names of `evals.compare.ALLOWANCES`.
 
     Raises:
         ValueError: seeds that were evaluated in ways that do not compare.
@@ -53,11 +54,11 @@ def group(runs: Sequence[EvalRun]) -> list[EvalRun]:
     grouped = []
     for row in rows.values():
         seeds = {run.result["model"].get("seed") for run in row}
-        grouped += [mean(row)] if len(row) > 1 and len(seeds) == len(row) else row
+        grouped += [mean(row, allow)] if len(row) > 1 and len(seeds) == len(row) else row
     return grouped
 
 
-def mean(seeds: Sequence[EvalRun]) -> EvalRun:
+def mean(seeds: Sequence[EvalRun], allow: Sequence[str] = ()) -> EvalRun:
     """The mean over seeds, as a run with the metrics of the mean losses.
 
     Raises:
@@ -65,7 +66,7 @@ def mean(seeds: Sequence[EvalRun]) -> EvalRun:
     """
     first = seeds[0]
     for other in seeds[1:]:
-        if reasons := incomparable(first, other):
+        if reasons := incomparable(first, other, allow):
             raise ValueError(
                 f"{first.name} and {other.name}, seeds of one recipe, are not comparable: "
                 + "; ".join(reasons)

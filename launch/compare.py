@@ -12,8 +12,8 @@ Runs that differ in the seed alone are one row, their mean, with the spread betw
 Evaluations of one name, such as two checkpoints of a run, are called by their paths. All pairs are
 compared, each verdict read from a band that holds all contexts and all pairs at once;
 `baseline=NAME` compares the others with that one only, which narrows the bands. `ngram=true` adds a
-byte 5-gram trained on the first run's text. `suite=` is the folder below RUN/eval. `allow=policy`
-or `allow=precision` lets that difference pass and says so in the report.
+byte 5-gram trained on the first run's text. `name=` is that of the evaluations, the folder below
+RUN/eval. `allow=policy` or `allow=precision` lets that difference pass and says so in the report.
 
 Exit codes: 0 done, 2 bad input or runs that do not compare.
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.shards import Corpus
 from evals import baseline, page, report, seeds
-from evals.compare import EvalRun, compare, load
+from evals.compare import EvalRun, check_allowances, compare, load
 from evals.documents import from_corpus
 from pretrain.command_line import parse
 
@@ -39,7 +39,7 @@ class CompareArguments:
     """Everything `compare.py RUN ...` understands."""
 
     out: str = ""
-    suite: str = "perplexity"
+    name: str = "perplexity"  # of the evaluations, as launch/evaluate.py was given it
     baseline: str = ""  # a run's or row's name, or its path
     ngram: bool = False
     allow: str = ""  # of evals.compare.ALLOWANCES, with commas
@@ -52,7 +52,13 @@ def main(argv: list[str]) -> int:
         return DONE
     try:
         paths = [Path(word) for word in argv if "=" not in word]
-        options = parse(CompareArguments, [word for word in argv if "=" in word])
+        words = [word for word in argv if "=" in word]
+        if suite := next((word for word in words if word.startswith("suite=")), None):
+            raise ValueError(
+                f"{suite}: only suite=perplexity compares; the folder below RUN/eval is called by "
+                "name=, as in evaluate.py"
+            )
+        options = parse(CompareArguments, words)
         compare_runs(paths, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,13 +70,14 @@ def compare_runs(paths: list[Path], options: CompareArguments) -> None:
     """Prints what was found, and writes the page where `out` names a folder."""
     if not paths:
         raise ValueError("no runs; use compare.py runs/A runs/B out=runs/compared")
-    runs = seeds.group(named_apart([load(path, options.suite) for path in paths], paths))
+    allow = [word for word in options.allow.split(",") if word]
+    check_allowances(allow)
+    runs = seeds.group(named_apart([load(path, options.name) for path in paths], paths), allow)
     if options.baseline:
         runs = with_first(runs, options.baseline)
     out_dir = Path(options.out) if options.out else None
     if options.ngram:
         runs.append(evaluate_ngram(runs[0], out_dir))
-    allow = [word for word in options.allow.split(",") if word]
     comparisons = compare(runs, with_first_only=bool(options.baseline), allow=allow)
     _, header, rows = report.level_table(runs, comparisons, brief=True)
     print(page.to_text(header, rows), end="\n\n")

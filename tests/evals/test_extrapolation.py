@@ -150,6 +150,22 @@ def test_no_difference_shown_is_not_called_flat(tmp_path):
     assert words(run(Divided(V), documents_of(texts, V), tmp_path, wide))[64] == "flat"
 
 
+@pytest.mark.parametrize(
+    ("gain", "interval", "word"),
+    [
+        (0.003, (0.001, 0.005), "flat"),
+        (-0.003, (-0.005, -0.001), "flat"),
+        (0.0, (-0.01, 0.01), "flat"),
+        (0.006, (0.001, 0.011), "gains"),
+        (-0.02, (-0.03, -0.011), "degrades"),
+        (0.002, (-0.001, 0.011), "undecided"),
+        (0.02, None, "undecided"),
+    ],
+)
+def test_a_difference_that_does_not_matter_is_flat_even_where_it_is_shown(gain, interval, word):
+    assert extrapolation.judge(gain, interval, margin=0.01) == word
+
+
 def test_contexts_that_few_documents_reach_are_left_out_and_said(tmp_path):
     documents = random_documents([60] * 20 + [200] * 5, V)
     result = run(Uniform(V), documents, tmp_path)

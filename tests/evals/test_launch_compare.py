@@ -102,9 +102,10 @@ def test_two_evaluations_of_one_training_compare_by_their_paths(runs, tmp_path, 
         (["WIDE", "ngram=maybe"], "ngram=maybe: use true or false"),
         (["WIDE", "baseline=other"], "baseline=other: no such run; there are: wide"),
         (["WIDE", "allow=gates"], "allow=gates: choose from policy, precision"),
-        (["WIDE", "suite=lra"], "eval/lra"),
+        (["WIDE", "name=lra"], "eval/lra"),
         (["WIDE", "WIDE"], "/wide: each needs a name of its own"),
-        (["WIDE", "suite=mine"], "contexts=64..8192 name=mine"),
+        (["WIDE", "name=mine"], "contexts=64..8192 name=mine"),
+        (["WIDE", "suite=mine"], "the folder below RUN/eval is called by name=, as in evaluate.py"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_exit_code_2(runs, words, message, capsys, monkeypatch):

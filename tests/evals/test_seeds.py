@@ -116,3 +116,17 @@ def test_seeds_evaluated_in_other_ways_are_refused(base):
     runs[1] = dataclasses.replace(runs[1], result={**runs[1].result, "data": data})
     with pytest.raises(ValueError, match=r"swa_seed0 and swa_seed1, seeds .*data.n_docs=20"):
         seeds.group(runs)
+
+
+def test_what_is_allowed_between_runs_is_allowed_between_seeds_and_said(base):
+    runs = [trained(base, "swa", seed, 0.0) for seed in range(2)]
+    policy = {**base.result["policy"], "start": "nothing in front"}
+    runs[1] = dataclasses.replace(runs[1], result={**runs[1].result, "policy": policy})
+    with pytest.raises(ValueError, match="say allow=policy"):
+        seeds.group(runs)
+    (row,) = seeds.group(runs, allow=["policy"])
+    assert row.seeds == tuple(runs)
+    (line,) = compare.allowed([row], ["policy"])
+    assert line.startswith("policy=")
+    assert "nothing in front" in line
+    assert line.endswith("of swa_seed1")
