@@ -13,7 +13,7 @@ taken minus that of the same token behind a fresh state at the start of its docu
 by least squares weighted with N_d, the interval of b by documents (`stats.slope`). The first
 document has no excess by construction and is left out. `drift` is b times the length of the stream:
 by how much the loss moves from one end to the other. A verdict has the words of `judge` in
-`evals.extrapolation`, for -drift.
+`evals.extrapolation_metrics`, for -drift.
 
 Every segment's time, the bytes its state holds and the peak of memory are noted. A model that
 claims a constant state whose state grows in the second half of the stream fails a gate; in the

@@ -159,7 +159,7 @@ def _two_inputs(documents: EvalDocuments, max_tokens: int) -> tuple[np.ndarray, 
     return a, b
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
+def difference(a: Tensor, b: Tensor) -> Tensor:
     """Absolute differences; equal infinities differ by 0, anything with NaN by infinity."""
     return torch.where(a == b, 0.0, torch.nan_to_num((a - b).abs(), nan=float("inf")))
 
@@ -171,8 +171,12 @@ def _cuts(n: int, grid: int) -> list[int]:
     return sorted({cut for cut in wanted if 0 < cut < n})
 
 
-def _result(
-    name: str, alone: Reference, compare: Callable[[int], Tensor], places: Sequence[int]
+def worst_of(
+    name: str,
+    alone: Reference,
+    compare: Callable[[int], Tensor],
+    places: Sequence[int],
+    place: str = "cut",
 ) -> GateResult:
     """Worst of several differences against the bounds of the model's precision.
 
@@ -181,17 +185,18 @@ def _result(
         alone: what is compared with; gives the precision, and counts flips.
         compare: absolute differences in nats for a place.
         places: where to look.
+        place: what one of them is called.
     """
     bound, mean_bound = BOUNDS[alone.model.precision]
     worst, worst_mean, where = -1.0, 0.0, 0
     if alone.flips is not None:
         alone.flips = Flips()
-    for place in places:
-        difference = compare(place)
-        if float(difference.max()) > worst:
-            worst, where = float(difference.max()), place
-        worst_mean = max(worst_mean, float(difference.mean()))
-    detail = f"largest at cut {where} of {len(places)}; largest mean {worst_mean:.2g} nat"
+    for at in places:
+        found = compare(at)
+        if float(found.max()) > worst:
+            worst, where = float(found.max()), at
+        worst_mean = max(worst_mean, float(found.mean()))
+    detail = f"largest at {place} {where} of {len(places)}; largest mean {worst_mean:.2g} nat"
     passed = worst <= bound and worst_mean <= mean_bound
     if alone.flips is not None:
         detail = f"{detail}; {alone.flips}"
@@ -212,17 +217,17 @@ def _future_perturbation(alone: Reference, tokens: Tensor, rng: np.random.Genera
         # Adding 1 .. V-1 modulo V changes every token after the cut for certain.
         changed[0, cut + 1 :] += torch.from_numpy(noise).to(tokens.device)
         changed[0, cut + 1 :] %= vocab_size
-        return _difference(alone.again(changed, stop=cut)[0][:, :cut], alone.nll[:, :cut])
+        return difference(alone.again(changed, stop=cut)[0][:, :cut], alone.nll[:, :cut])
 
-    return _result("future_perturbation", alone, compare, _cuts(n, alone.model.reset_grid))
+    return worst_of("future_perturbation", alone, compare, _cuts(n, alone.model.reset_grid))
 
 
 def _prefix_consistency(alone: Reference, tokens: Tensor) -> GateResult:
     def compare(cut: int) -> Tensor:
-        return _difference(alone.again(tokens[:, : cut + 1])[0], alone.nll[:, :cut])
+        return difference(alone.again(tokens[:, : cut + 1])[0], alone.nll[:, :cut])
 
     n = tokens.shape[1] - 1
-    return _result("prefix_consistency", alone, compare, _cuts(n, alone.model.reset_grid))
+    return worst_of("prefix_consistency", alone, compare, _cuts(n, alone.model.reset_grid))
 
 
 def _padding_invariance(alone: Reference, tokens: Tensor) -> GateResult:
@@ -232,10 +237,10 @@ def _padding_invariance(alone: Reference, tokens: Tensor) -> GateResult:
     def compare(cut: int) -> Tensor:
         padded = tokens.clone()
         padded[0, cut + 1 :] = PAD_ID
-        return _difference(alone.again(padded, stop=cut)[0][:, :cut], alone.nll[:, :cut])
+        return difference(alone.again(padded, stop=cut)[0][:, :cut], alone.nll[:, :cut])
 
     n = tokens.shape[1] - 1
-    return _result("padding_invariance", alone, compare, _cuts(n, alone.model.reset_grid))
+    return worst_of("padding_invariance", alone, compare, _cuts(n, alone.model.reset_grid))
 
 
 def _step_equals_parallel(alone: Reference, tokens: Tensor) -> GateResult:
@@ -248,9 +253,9 @@ def _step_equals_parallel(alone: Reference, tokens: Tensor) -> GateResult:
         for start, stop in itertools.pairwise(edges):
             part, state = alone.again(tokens[:, start : stop + 1], state, start=start)
             parts.append(part)
-        return _difference(torch.cat(parts, dim=1), alone.nll)
+        return difference(torch.cat(parts, dim=1), alone.nll)
 
-    return _result("step_equals_parallel", alone, compare, _cuts(n, alone.model.reset_grid)[:4])
+    return worst_of("step_equals_parallel", alone, compare, _cuts(n, alone.model.reset_grid)[:4])
 
 
 def _document_isolation(alone: Reference, first: Tensor, second: Tensor) -> GateResult:
@@ -259,9 +264,9 @@ def _document_isolation(alone: Reference, first: Tensor, second: Tensor) -> Gate
     def compare(case: int) -> Tensor:
         if case == 0:
             alone.model.nll(second)
-            return _difference(alone.again(first)[0], alone.nll)
+            return difference(alone.again(first)[0], alone.nll)
         pair = [first, second] if case == 1 else [second, first]
         together, _ = alone.again(torch.cat(pair), lane=case - 1)
-        return _difference(together[case - 1 : case], alone.nll)
+        return difference(together[case - 1 : case], alone.nll)
 
-    return _result("document_isolation", alone, compare, [0, 1, 2])
+    return worst_of("document_isolation", alone, compare, [0, 1, 2])

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from evals import stats
 from evals.documents import EvalDocuments
-from evals.gates import BOUNDS, GateResult
+from evals.gates import GateResult
 from evals.processes import Processes
 from evals.recall import probes
 from evals.recall.probes import DoesNotFit, Encode, Trial
@@ -288,13 +288,14 @@ def _candidate_nll(
     found: list[list[np.ndarray]] = []
     with torch.inference_mode():
         for first in range(0, len(trials), lanes):
-            found += _batch_nll(model, trials[first : first + lanes], options.segment_tokens)
+            found += batch_nll(model, trials[first : first + lanes], options.segment_tokens)
     return found
 
 
-def _batch_nll(
+def batch_nll(
     model: ScoredModel, trials: Sequence[Trial], segment_tokens: int
 ) -> list[list[np.ndarray]]:
+    """The same, of trials whose contexts are read side by side."""
     contexts = torch.from_numpy(np.stack([trial.context for trial in trials])).to(model.device)
     state, last = None, contexts.shape[1] - 1
     for start in range(0, last, segment_tokens):
@@ -316,46 +317,6 @@ def _batch_nll(
             for (k, j), losses in zip(part, nll.double().cpu().numpy(), strict=True):
                 found[k][j] = losses
     return found
-
-
-def check_branching(
-    model: ScoredModel, documents: EvalDocuments, encode: Encode, options: RecallOptions
-) -> list[GateResult]:
-    """A candidate behind the carried state costs what it costs in one forward of all tokens.
-
-    Of each probe, one question of the shortest cell that has any.
-    """
-    one = replace(options, trials=1)
-    tried: dict[str, GateResult] = {}
-    for cell in cells(one):
-        if cell.probe not in tried:
-            try:
-                ((*_, trial),) = questions(cell, documents, encode, one)
-            except DoesNotFit:
-                continue
-            tried[cell.probe] = _branching(model, trial, cell.name, options.segment_tokens)
-    return list(tried.values())
-
-
-def _branching(model: ScoredModel, trial: Trial, name: str, segment_tokens: int) -> GateResult:
-    # At most half of the context, so that there is a state to carry.
-    segment_tokens = max(1, min(segment_tokens, (len(trial.context) - 1) // 2))
-    worst = worst_mean = 0.0
-    with torch.inference_mode():
-        carried = _batch_nll(model, [trial, trial], segment_tokens)[1]
-        for candidate, losses in zip(trial.candidates, carried, strict=True):
-            whole = torch.from_numpy(np.concatenate([trial.context, candidate]))[None]
-            start = len(trial.context) - 1
-            nll, _ = model.nll(whole.to(model.device), score_from=start)
-            difference = np.nan_to_num(
-                np.abs(nll[0].double().cpu().numpy() - losses), nan=float("inf")
-            )
-            worst = max(worst, float(difference.max()))
-            worst_mean = max(worst_mean, float(difference.mean()))
-    bound, mean_bound = BOUNDS[model.precision]
-    passed = worst <= bound and worst_mean <= mean_bound
-    detail = f"{name}: {len(trial.candidates)} candidates; largest mean {worst_mean:.2g} nat"
-    return GateResult("candidates_equal_whole", passed, worst, bound, detail)
 
 
 def check_finite(scores: Mapping[Cell, CellScores]) -> GateResult:

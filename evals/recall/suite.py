@@ -26,6 +26,7 @@ from evals.facts import FACTS, header, read_facts
 from evals.processes import Processes
 from evals.protocols import parse_contexts
 from evals.recall import likelihood, probe_report
+from evals.recall.branching import check_branching
 from evals.recall.likelihood import Cell, RecallOptions
 from evals.recall.probes import SPAN_TOKENS, Encode
 from evals.score import ScoredModel, model_identity
@@ -133,7 +134,7 @@ def run(
         before = model.fingerprint()
         checked_tokens = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
         checked = gates.check_model(model, documents, checked_tokens)
-        checked += likelihood.check_branching(model, documents, encode, options)
+        checked += check_branching(model, documents, encode, options)
         gates.require(checked)
         scores = likelihood.score_cells(
             model,

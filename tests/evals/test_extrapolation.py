@@ -21,6 +21,7 @@ from toy_models import (
 
 from evals import concat, extrapolation, extrapolation_report, plots
 from evals.extrapolation import ExtrapolationOptions, parse_multiples
+from evals.extrapolation_metrics import judge, resampled_effective
 from evals.gates import GateFailure
 from evals.models import LanguageModelScorer
 from evals.processes import Processes
@@ -106,6 +107,27 @@ def test_effective_context_is_what_the_model_uses_to_the_grid(tmp_path, lag, exp
     assert effective["at_grid_end"] == (expected == 128)
 
 
+@pytest.mark.parametrize(
+    ("curve", "truth", "low", "high"),
+    [
+        ([0.15, 0.106, 0.075, 0.053, 0.0375, 0.0265, 0.019, 0.013], 6, 0.96, 1.0),
+        ([0.2, 0.1, 0.05, 0.022, 0.0095, 0.0005, 0.0, 0.0], 4, 0.8, 0.92),
+    ],
+    ids=["a gain of 0.6 margins", "a gain of 0.95 margins"],
+)
+def test_the_effective_contexts_interval_holds_the_truth_as_often_as_is_said(
+    curve, truth, low, high
+):
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(150):
+        tokens = 256 * np.exp(rng.normal(0, 0.8, 20))
+        off = rng.normal(0, 0.25, (20, 1)) + rng.normal(0, 0.03, (20, 8))
+        edges = resampled_effective((curve + off) * tokens[:, None], tokens, 0.01, draws=300)
+        held.append(edges[0] <= truth <= edges[1])
+    assert low <= np.mean(held) <= high
+
+
 def test_what_a_context_does_beyond_the_training_length_is_its_verdict(tmp_path):
     worse = ByContext(V, flat_then(lambda c: 0.05 + 0 * c))
     assert words(run(worse, DOCUMENTS, tmp_path)) == {64: "degrades", 128: "degrades"}
@@ -163,7 +185,7 @@ def test_no_difference_shown_is_not_called_flat(tmp_path):
     ],
 )
 def test_a_difference_that_does_not_matter_is_flat_even_where_it_is_shown(gain, interval, word):
-    assert extrapolation.judge(gain, interval, margin=0.01) == word
+    assert judge(gain, interval, margin=0.01) == word
 
 
 def test_contexts_that_few_documents_reach_are_left_out_and_said(tmp_path):

@@ -1,5 +1,6 @@
 """A quantised model passes the gates when rounding decides its ties, and with no fault beside."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from data.tokenizer import PAD_ID
 from evals import gates
 from evals.held_codes import Reference, tie_margins
 from evals.models import LanguageModelScorer
+from evals.recall.branching import check_branching
+from evals.recall.likelihood import RecallOptions, cells, questions
+from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
 
 DOCUMENTS = random_documents([120, 110])
@@ -16,9 +20,10 @@ OPTIONS = {"block_size": 16, "chunk_size": 8, "n_heads": 2, "n_codes": 8, "d_sha
 TIED = 10  # the position of a key halfway between two codes
 
 
-def build() -> LanguageModelScorer:
-    """Two layers of LongVQ. In the lower one a key of the first document has two nearest codes, and
-    keys of calls of different shape differ by 1e-5, so that their shape decides which it takes."""
+def build(tokens: Tensor | None = None) -> LanguageModelScorer:
+    """Two layers of LongVQ. In the lower one a key of the first document, or of other tokens, has
+    two nearest codes, and keys of calls of different shape differ by 1e-5, so that their shape
+    decides which it takes."""
     torch.manual_seed(0)
     config = LanguageModelConfig(
         vocab_size=32,
@@ -33,7 +38,7 @@ def build() -> LanguageModelScorer:
     seen = []
     hook = lower.register_forward_hook(lambda _, inputs, codes: seen.append(inputs[0]))
     with torch.no_grad():
-        scorer.nll(first_document())
+        scorer.nll(first_document() if tokens is None else tokens)
         hook.remove()
         key = seen[0][0, TIED]  # (H, K)
         apart = 0.1 * torch.randn_like(key)
@@ -133,6 +138,17 @@ def keep_state(model: LanguageModelScorer) -> None:
     model.nll = stale  # type: ignore[method-assign]
 
 
+def halve_the_state(model: LanguageModelScorer) -> None:
+    """What is handed on is halved on the way."""
+    nll = model.nll
+
+    def lost(tokens, state=None, *, score_from=0):
+        halved = map_state(lambda t: t / 2 if t.is_floating_point() else t, state)
+        return nll(tokens, halved, score_from=score_from)
+
+    model.nll = lost  # type: ignore[method-assign]
+
+
 def keep_keys(model: LanguageModelScorer) -> None:
     """Keys, and through them codes, hang on the last call's."""
     last = [torch.zeros(())]
@@ -163,6 +179,41 @@ def test_a_fault_is_not_taken_for_flips(plant, gate, in_codes) -> None:
     failed = failed_gates(model)
     assert gate in failed
     assert ("a flip that is no tie" in failed[gate].detail) == in_codes
+
+
+BRANCHING = RecallOptions(lengths=(64,), probes=("induction",), trials=1)
+
+
+def branching(model: LanguageModelScorer) -> gates.GateResult:
+    (result,) = check_branching(model, DOCUMENTS, lambda text: np.zeros(0), BRANCHING)
+    return result
+
+
+def branching_model() -> LanguageModelScorer:
+    """Its tie is in the context of the question that is put."""
+    (cell,) = cells(BRANCHING)
+    ((_, asked),) = questions(cell, DOCUMENTS, lambda text: np.zeros(0), BRANCHING)
+    return build(torch.from_numpy(np.concatenate([asked.context, asked.candidates[0]]))[None])
+
+
+def test_candidates_behind_a_carried_state_pass_with_ties_that_rounding_decides() -> None:
+    model = branching_model()
+    result = branching(model)
+    assert result.passed
+    assert f"at quantiser 0, position {TIED}" in result.detail
+    model.quantisers = []
+    assert not branching(model).passed, "without held codes"
+
+
+@pytest.mark.parametrize(
+    ("plant", "in_codes"), [(halve_the_state, False), (leak_length_into_codes, True)]
+)
+def test_a_fault_in_what_is_carried_to_candidates_is_not_taken_for_flips(plant, in_codes) -> None:
+    model = branching_model()
+    plant(model)
+    result = branching(model)
+    assert not result.passed
+    assert ("a flip that is no tie" in result.detail) == in_codes
 
 
 def test_only_the_documents_lane_and_positions_are_held() -> None:

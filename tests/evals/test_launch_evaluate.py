@@ -68,7 +68,10 @@ def run(tmp_path, corpus, monkeypatch):
 def test_evaluating_and_rebuilding_print_the_pages_path_last(run, capsys, monkeypatch):
     assert evaluate.main([f"run={run}", "contexts=16..128", "spans_per_document=2"]) == 0
     folder = run / "eval" / "perplexity"
-    lines = capsys.readouterr().out.splitlines()
+    out, log = capsys.readouterr()
+    assert "fixed-4-C00000016: 4 documents, " in log
+    assert "\r" not in log, "no bar where there is no terminal"
+    lines = out.splitlines()
     assert lines[-1] == str(folder / "report.html")
     assert {p.name for p in folder.iterdir()} >= {
         "result.json",
@@ -115,7 +118,9 @@ def test_extrapolation_says_what_it_found_and_prints_the_pages_path_last(run, ca
     words = [f"run={run}", "suite=extrapolation", "min_documents=4", "concat_tokens=1024"]
     assert evaluate.main([*words, "multiples=1/2..4"]) == 0
     folder = run / "eval" / "extrapolation"
-    lines = capsys.readouterr().out.splitlines()
+    out, log = capsys.readouterr()
+    assert "\r" not in log, "no bar where there is no terminal"
+    lines = out.splitlines()
     assert lines[0].startswith("flat at 64, 128 tokens, against 32: ")
     assert lines[-1] == str(folder / "report.html")
     before = (folder / "result.json").read_text()

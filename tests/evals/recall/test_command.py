@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from data.folder_lock import lock_folder
 from evals import trainings
 from evals.recall import __main__ as command
 from evals.recall import jobs, report
@@ -159,12 +160,21 @@ def test_markdown_has_a_line_per_model():
     assert lines[3].startswith("| `s4d` | constant state | 96.0 | 95.2 to 96.6 | 96.0, 96.0, 96.0")
 
 
+def test_a_second_command_on_the_same_trainings_is_refused(tmp_path):
+    with (
+        lock_folder(tmp_path, AssertionError()),
+        pytest.raises(ValueError, match="another command is training there"),
+    ):
+        trainings.run_all(experiment(), tmp_path, 1)
+
+
 def test_command_writes_the_table_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.PRESETS, "flag", command.Preset(TASK, 2, 2, True))
     monkeypatch.setattr(command, "TrainOptions", lambda **given: OPTIONS)
     words = [f"out={tmp_path}", "mixers=s4d,swa", "seeds=1", "device=cpu", "workers=1"]
     assert command.main([*words, "learning_rates=1e-2"]) == 0
-    printed = capsys.readouterr().out
+    printed, log = capsys.readouterr()
+    assert "\r" not in log, "no bar where there is no terminal"
     table = (tmp_path / "table.md").read_text()
     assert len(table.splitlines()) == 4
     assert printed.startswith(table)
