@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data.folder_lock import lock_folder
-from pretrain.training.environment import visible_gpus
+from pretrain.training.environment import git_commit, visible_gpus
 
 Result = dict[str, Any]
 
@@ -152,6 +153,20 @@ def save(out_dir: Path, result: Result) -> None:
 
 def result_path(out_dir: Path, wanted: dict[str, Any]) -> Path:
     return out_dir / f"{wanted['row']}-seed{wanted['seed']}-lr{wanted['learning_rate']:g}.json"
+
+
+def write_table(
+    out_dir: Path,
+    table: str,
+    models: Sequence[dict[str, Any]],
+    command: Sequence[str],
+    **facts: Any,
+) -> None:
+    """Writes table.md, and results.json with the same numbers and where they come from."""
+    about = {"command": shlex.join(command), "commit": git_commit(), "torch": torch.__version__}
+    content = {"provenance": {**about, **facts}, "models": models}
+    (out_dir / "table.md").write_text(table + "\n", encoding="utf-8")
+    (out_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def best(results: Sequence[Result], row: str, seed: int) -> Result:

@@ -1,5 +1,7 @@
 """`key=value` words of a command line, as a dataclass; and what some of them name."""
 
+import difflib
+from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,30 @@ def numbers(key: str, text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"{key}={text}: must be whole numbers with commas between, e.g. 1,2,4")
     return [int(part) for part in parts]
+
+
+def choose(key: str, text: str, known: Collection[str]) -> tuple[str, ...]:
+    """The names of a `key=one,another`.
+
+    Raises:
+        ValueError: one of them is not known.
+    """
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use some of {', '.join(known)}"
+            raise ValueError(f"{key}={text}: {name!r} is not known; {hint}")
+    return names
+
+
+def check_positive(**counts: int) -> None:
+    """Raises:
+    ValueError: one of them is below 1.
+    """
+    for key, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
 
 
 def parse_rates(text: str) -> tuple[float, ...]:

@@ -12,14 +12,9 @@ GPU; out=. A second call trains only what `out` does not hold, and goes on where
 interrupted. Writes out/table.md and results.json; exit code 2 for bad input.
 """
 
-import difflib
-import json
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from evals.lra import report
 from evals.lra.jobs import Experiment
@@ -27,9 +22,8 @@ from evals.lra.prepare import prepare
 from evals.lra.rows import ROWS
 from evals.lra.tasks import TASKS
 from evals.lra.train import TrainOptions
-from evals.trainings import run_all
-from pretrain.command_line import choose_device, parse, parse_rates
-from pretrain.training.environment import git_commit
+from evals.trainings import run_all, write_table
+from pretrain.command_line import check_positive, choose, choose_device, parse, parse_rates
 
 BAD_INPUT = 2
 DATA_SEED = 0
@@ -68,16 +62,8 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     records = report.summarise(results)
     table = report.markdown(records)
-    provenance = {
-        "command": shlex.join(["python", "-m", "evals.lra", *argv]),
-        "commit": git_commit(),
-        "torch": torch.__version__,
-        "device": experiment.device,
-        "data": experiment.sha256,
-    }
-    (out_dir / "table.md").write_text(table + "\n", encoding="utf-8")
-    content = json.dumps({"provenance": provenance, "models": records}, indent=1)
-    (out_dir / "results.json").write_text(content + "\n", encoding="utf-8")
+    command = ["python", "-m", "evals.lra", *argv]
+    write_table(out_dir, table, records, command, device=experiment.device, data=experiment.sha256)
     print(table)
     return 0
 
@@ -93,23 +79,12 @@ def plan(arguments: LRAArguments) -> Experiment:
     if arguments.task not in TASKS:
         raise ValueError(f"task={arguments.task} is not known; use one of {', '.join(TASKS)}")
     task = TASKS[arguments.task]
-    rows = tuple(arguments.mixers.split(","))
-    for row in rows:
-        if row not in ROWS:
-            close = difflib.get_close_matches(row, ROWS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"use some of {', '.join(ROWS)}"
-            raise ValueError(f"mixers={arguments.mixers}: {row!r} is no row of the table; {hint}")
+    rows = choose("mixers", arguments.mixers, ROWS)
     steps = task.steps if arguments.steps is None else arguments.steps
     batch_size = task.batch_size if arguments.batch_size is None else arguments.batch_size
-    counts = {
-        "seeds": arguments.seeds,
-        "steps": steps,
-        "batch_size": batch_size,
-        "workers": arguments.workers,
-    }
-    for key, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
+    check_positive(
+        seeds=arguments.seeds, steps=steps, batch_size=batch_size, workers=arguments.workers
+    )
     if arguments.compile not in ("auto", "true", "false"):
         raise ValueError(f"compile={arguments.compile} is not known; use auto, true or false")
     rates = parse_rates(arguments.learning_rates)

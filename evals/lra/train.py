@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from evals.lra.compiled import bucket_lengths, verify_blocks
 from evals.lra.examples import Examples
 from pretrain.config import OptimConfig, ScheduleConfig
+from pretrain.finetuning.order import batches
 from pretrain.models import Encoder, EncoderConfig
 from pretrain.training.compiled_blocks import compile_blocks
 from pretrain.training.optim import parameter_groups, schedule_factor
 
-_POOL = 32
 _PAD_MULTIPLE = 64  # few different shapes, and whole chunks of every mixer
 
 
@@ -107,14 +107,15 @@ def run(
         _report(
             progress, f"compiled for {row_lengths} symbols in {time.perf_counter() - began:.0f} s"
         )
-    batches = order(splits["train"], options.batch_size, seed, done)
+    # By length: at ListOps' lengths that halves the pads.
+    order = batches(splits["train"].lengths(), options.batch_size, seed, done)
     step_seconds: list[float] = []
     since, since_step = time.perf_counter(), done
     for step in range(done + 1, options.steps + 1):
         factor = schedule_factor(step, options.steps, schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        batch = splits["train"].take(next(batches))
+        batch = splits["train"].take(next(order))
         loss = _step(model, batch, optimizer, optim, options, row_lengths)
         if step % options.check_every == 0 or step == options.steps:
             value = loss.item()  # waits for the GPU, and so comes before the clock
@@ -155,40 +156,6 @@ def run(
         "seconds": round(time.perf_counter() - began, 1),
         "seconds_per_step": round(statistics.median(step_seconds), 4) if step_seconds else None,
     }
-
-
-def order(train: Examples, batch_size: int, seed: int, skip: int = 0) -> Iterator[np.ndarray]:
-    """Indices of batch after batch, epoch after epoch, each a permutation of its own without the
-    incomplete last batch.
-
-    Of `_POOL` batches at a time the longest examples go into one batch and the shortest into
-    another, and these come in any order: at ListOps' lengths that halves the pads.
-
-    Args:
-        train: the examples.
-        batch_size: examples per batch.
-        seed: of the permutations.
-        skip: batches that have been seen.
-
-    Raises:
-        ValueError: fewer examples than a batch.
-    """
-    n = len(train.labels)
-    per_epoch = n // batch_size
-    if per_epoch == 0:
-        raise ValueError(f"batch_size={batch_size} is more than the {n} training examples")
-    epoch, first = divmod(skip, per_epoch)
-    lengths = train.lengths()
-    while True:
-        rng = np.random.default_rng([seed, epoch])
-        shuffled = rng.permutation(n)[: per_epoch * batch_size]
-        batches: list[np.ndarray] = []
-        for start in range(0, len(shuffled), _POOL * batch_size):
-            pool = shuffled[start : start + _POOL * batch_size]
-            pool = pool[np.argsort(lengths[pool], kind="stable")]
-            batches += list(rng.permutation(pool.reshape(-1, batch_size)))
-        yield from batches[first:]
-        epoch, first = epoch + 1, 0
 
 
 def score(

@@ -12,14 +12,9 @@ workers= processes, of one thread each; device=auto|cpu|cuda; out=. A second cal
 over state size and over length; exit code 2 for bad input.
 """
 
-import difflib
-import json
-import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
 
 from evals.plots import to_png
 from evals.recall import report
@@ -34,9 +29,8 @@ from evals.recall.tasks import (
     SelectiveCopy,
 )
 from evals.recall.train import TrainOptions
-from evals.trainings import run_all
-from pretrain.command_line import choose_device, numbers, parse, parse_rates
-from pretrain.training.environment import git_commit
+from evals.trainings import run_all, write_table
+from pretrain.command_line import check_positive, choose, choose_device, numbers, parse, parse_rates
 
 BAD_INPUT = 2
 
@@ -100,18 +94,16 @@ def main(argv: list[str]) -> int:
     records = report.summarise(results, experiment.task.chance, bars=bars)
     table = report.markdown(records)
     title = f"{arguments.task} recall, {experiment.task.seq_len} tokens"
-    provenance = {
-        "command": shlex.join(["python", "-m", "evals.recall", *argv]),
-        "commit": git_commit(),
-        "torch": torch.__version__,
-        "device": experiment.device,
-        "chance": experiment.task.chance,
-        "experiment": asdict(experiment),
-    }
-    (out_dir / "table.md").write_text(table + "\n", encoding="utf-8")
+    write_table(
+        out_dir,
+        table,
+        records,
+        ["python", "-m", "evals.recall", *argv],
+        device=experiment.device,
+        chance=experiment.task.chance,
+        experiment=asdict(experiment),
+    )
     (out_dir / "table.csv").write_text(report.to_csv(records), encoding="utf-8")
-    content = json.dumps({"provenance": provenance, "models": records}, indent=1)
-    (out_dir / "results.json").write_text(content + "\n", encoding="utf-8")
     drawn = report.figure(records, experiment.task.chance, title)
     (out_dir / "accuracy.png").write_bytes(to_png(drawn))
     print(table)
@@ -130,24 +122,13 @@ def plan(arguments: RecallArguments) -> tuple[Experiment, bool]:
         raise ValueError("out= is missing; use out=runs/recall/flag")
     if arguments.task not in PRESETS:
         raise ValueError(f"task={arguments.task} is not known; use {', '.join(PRESETS)}")
-    rows = tuple(arguments.mixers.split(","))
-    for row in rows:
-        if row not in ROWS:
-            close = difflib.get_close_matches(row, ROWS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"use some of {', '.join(ROWS)}"
-            raise ValueError(f"mixers={arguments.mixers}: {row!r} is no row of the table; {hint}")
+    rows = choose("mixers", arguments.mixers, ROWS)
     preset = PRESETS[arguments.task]
     steps = preset.steps if arguments.steps is None else arguments.steps
     batch_size = preset.batch_size if arguments.batch_size is None else arguments.batch_size
-    counts = {
-        "seeds": arguments.seeds,
-        "steps": steps,
-        "batch_size": batch_size,
-        "workers": arguments.workers,
-    }
-    for key, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
+    check_positive(
+        seeds=arguments.seeds, steps=steps, batch_size=batch_size, workers=arguments.workers
+    )
     lengths = numbers("test_lengths", arguments.test_lengths)
     if min(lengths) < 2 or len(set(lengths)) < len(lengths):
         raise ValueError(

@@ -93,7 +93,7 @@ def command_search(experiment, row, seed, out):
     [
         ("task=listop", "task=listop is not known; use one of listops, text"),
         ("mixers=swa,s4dd", "did you mean s4d?"),
-        ("mixers=bst", "'bst' is no row of the table"),
+        ("mixers=bst", "'bst' is not known"),
         ("seeds=0", "seeds=0 must be at least 1"),
         ("compile=yes", "compile=yes is not known; use auto, true or false"),
         ("learning_rates=fast", "learning_rates=fast is no list of positive numbers"),

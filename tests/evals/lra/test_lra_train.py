@@ -1,6 +1,5 @@
 """Training learns what can be learned, picks weights on validation, and survives a kill."""
 
-from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ from evals.lra import train
 from evals.lra.examples import Examples
 from evals.lra.rows import ROWS
 from evals.lra.tasks import TASKS
-from evals.lra.train import TrainOptions, order, run, score
+from evals.lra.train import TrainOptions, run, score
 from pretrain import mixers
 from pretrain.models import Encoder, EncoderConfig, LayersConfig
 
@@ -113,29 +112,6 @@ def test_a_killed_training_ends_like_one_that_was_not(tmp_path, monkeypatch):
         go("killed.pt")
     calls += [1]
     assert go("killed.pt") == whole
-
-
-def test_every_epoch_is_a_permutation_and_can_be_entered_anywhere():
-    examples = first_symbol(10, 0)
-    batches = order(examples, 3, seed=0)
-    seen = [next(batches) for _ in range(9)]
-    for epoch in range(3):
-        assert len(set(np.concatenate(seen[3 * epoch : 3 * epoch + 3]))) == 9
-    assert not np.array_equal(np.concatenate(seen[:3]), np.concatenate(seen[3:6]))
-    for skip in (1, 3, 7):
-        np.testing.assert_array_equal(next(order(examples, 3, seed=0, skip=skip)), seen[skip])
-    with pytest.raises(ValueError, match="batch_size=11 is more than the 10"):
-        next(order(examples, 11, seed=0))
-
-
-def test_batches_hold_examples_of_similar_length():
-    examples = first_symbol(400, 0)
-    lengths = examples.lengths()
-    batches = list(islice(order(examples, 10, 0), 40))
-    spread = [np.ptp(lengths[batch]) for batch in batches]
-    assert np.mean(spread) < 0.1 * np.ptp(lengths)
-    means = [lengths[batch].mean() for batch in batches]
-    assert abs(np.corrcoef(means, range(40))[0, 1]) < 0.6  # and long ones do not come last
 
 
 def test_scoring_counts_every_example_once():
