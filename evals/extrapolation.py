@@ -16,7 +16,6 @@ What is said of them stands in `evals.extrapolation_metrics`.
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -233,8 +232,7 @@ def run(
     tables: dict[str, TokenTable] = {}
 
     with results_folder.claim(out_dir, documents, OUTPUTS, processes) as among:
-        longest = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
-        checked += gates.check_model(model, documents, longest)
+        checked += gates.check_model(model, documents, gates.longest_input(model, train_length))
         gates.require(checked)
         folder = out_dir / "tokens"
         tables |= score_passes(

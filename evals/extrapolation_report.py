@@ -6,7 +6,7 @@ Like every report here, `report.html` is one file that needs no network.
 from pathlib import Path
 from typing import Any
 
-from evals import page, plots, report
+from evals import fact_tables, page, plots
 from evals.compare import EvalRun
 from evals.page import Picture, Row, Section
 from evals.stats import RESOLUTION
@@ -42,9 +42,9 @@ def write(result: dict[str, Any], out_dir: Path) -> Path:
         ("Effective context", *_effective_table(result)),
         ("Joined stream: stability", *_stability_table(result)),
         ("Joined stream: time and memory", *_marks_table(result)),
-        ("Gates", *report.gate_table([run])),
-        ("Cost", *report.cost_table([run])),
-        ("Provenance", *report.provenance_table([run])),
+        ("Gates", *fact_tables.gate_table([run])),
+        ("Cost", *fact_tables.cost_table([run])),
+        ("Provenance", *fact_tables.provenance_table([run])),
     ]
     pictures = [
         Picture(plots.to_svg(plots.draw([panel], [result])), panel.title)

@@ -22,6 +22,7 @@ reported apart, as a flip, and no fault only where its key is as near to both (`
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,6 +100,11 @@ def check_model(
             _step_equals_parallel(alone, first),
             _document_isolation(alone, first, second),
         ]
+
+
+def longest_input(model: ScoredModel, train_length: int) -> int:
+    """Tokens for `check_model`: well beyond the training length, as far as the model sees."""
+    return min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
 
 
 def check_coverage(scoring: Pass, table: TokenTable, *, finite: bool = True) -> GateResult:

@@ -18,6 +18,11 @@ Section = tuple[str, str, Row, list[Row]]
 """Heading, note, table header, table rows; left out when there are no rows."""
 
 
+def count(value: int | None) -> str:
+    """1,024; nothing for None."""
+    return "" if value is None else f"{value:,}"
+
+
 class Picture(NamedTuple):
     """A figure of the page.
 

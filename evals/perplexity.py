@@ -15,7 +15,6 @@ The metrics are those of evals/metrics.py.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,8 +179,7 @@ def run(
         return rebuild(out_dir)
 
     with results_folder.claim(out_dir, documents, OUTPUTS, processes) as among:
-        longest = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
-        checked += gates.check_model(model, documents, longest)
+        checked += gates.check_model(model, documents, gates.longest_input(model, train_length))
         gates.require(checked)
         tables |= score_passes(
             model,

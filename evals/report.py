@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evals import page, plots
+from evals import fact_tables, page, plots
 from evals.compare import (
     NO_DIFFERENCE,
     WITHIN_SEEDS,
@@ -21,7 +21,7 @@ from evals.compare import (
     Verdict,
     allowed,
 )
-from evals.page import Picture, Row, Section
+from evals.page import Picture, Row, Section, count
 from evals.stats import RESOLUTION, sign_of
 from evals.store import write_bytes
 
@@ -78,7 +78,11 @@ def write(
     Raises:
         ValueError: a gate failed.
     """
-    failed = [t.name for t in _trainings(runs) if not all(g["passed"] for g in t.result["gates"])]
+    failed = [
+        t.name
+        for t in fact_tables.trainings(runs)
+        if not all(g["passed"] for g in t.result["gates"])
+    ]
     if failed:
         raise ValueError(f"gates failed in {', '.join(failed)}: there is nothing to report")
     models = [run for run in runs if run.charges_specials]
@@ -95,10 +99,10 @@ def write(
         ("Paired differences", *_verdict_table(comparisons)),
         ("Seeds", *_seed_table(models)),
         ("Gains from context", *_gain_table(models)),
-        ("Gates", *gate_table(models)),
-        ("Cost", *cost_table(models)),
+        ("Gates", *fact_tables.gate_table(models)),
+        ("Cost", *fact_tables.cost_table(models)),
         ("Definitions", "", ["term", "meaning"], [[k, v] for k, v in DEFINITIONS.items()]),
-        ("Provenance", *provenance_table(runs)),
+        ("Provenance", *fact_tables.provenance_table(runs)),
     ]
     title = "Perplexity against context length: " + ", ".join(run.name for run in runs)
     lead, summary = _lead(models), findings(runs, comparisons, allow)
@@ -107,10 +111,6 @@ def write(
     write_bytes(out_dir / "report.png", plots.to_png(plots.draw(panels, results)))
     write_bytes(out_dir / "report.md", page.to_markdown(title, lead, summary, sections).encode())
     return out_dir / "report.html"
-
-
-def _trainings(runs: Sequence[EvalRun]) -> list[EvalRun]:
-    return [training for run in runs for training in run.trainings]
 
 
 def _lead(runs: Sequence[EvalRun]) -> str:
@@ -140,7 +140,7 @@ def findings(
             if v.protocol.startswith("fixed"):
                 groups.setdefault(v.verdict, []).append(v)
         found = [
-            f"{what} at {', '.join(_count(v.context) for v in at)}{_by(at)}"
+            f"{what} at {', '.join(count(v.context) for v in at)}{_by(at)}"
             for what, at in groups.items()
         ]
         found += [f"{v.verdict} in stream{_by([v])}" for v in bpb if v.protocol == "stream"]
@@ -155,7 +155,7 @@ def findings(
             lines.append(
                 f"{run.name}: its tokenizer loses text; its losses are of what is left of it."
             )
-    n_gates = sum(len(training.result["gates"]) for training in _trainings(models))
+    n_gates = sum(len(training.result["gates"]) for training in fact_tables.trainings(models))
     lines.append(f"All {n_gates} gates passed.")
     if any(m["n_docs_low"] for run in runs for m in run.result["metrics"]):
         lines.append("Some numbers rest on fewer than 20 documents; they are marked (few).")
@@ -225,9 +225,9 @@ def _runs_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
                 [
                     run.name,
                     ", ".join(str(t.result["model"].get("seed", "")) for t in run.trainings),
-                    _count(model["parameters"]),
-                    _count(model["trained_tokens"]),
-                    _count(model["train_length"]),
+                    count(model["parameters"]),
+                    count(model["trained_tokens"]),
+                    count(model["train_length"]),
                     model["training_mode"] + (", state carried" if model["carried_state"] else ""),
                     model["layers"],
                 ]
@@ -248,7 +248,7 @@ def level_table(
     """
     rows = []
     for record in runs[0].result["protocols"]:
-        row = [record["id"], _count(record["context"]), _count(record["n_tokens"])]
+        row = [record["id"], count(record["context"]), count(record["n_tokens"])]
         for run in runs:
             metric = _metric(run, "bpb", record)
             row.append((_plain(metric, 4) if brief else _cell(metric)) + _spread(run, record))
@@ -291,7 +291,7 @@ def _perplexity_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
     ]
     columns = [(run, name) for run in runs for name in names]
     rows = [
-        [record["id"], _count(record["context"])]
+        [record["id"], count(record["context"])]
         + [_plain(_metric(run, name, record), 2) for run, name in columns]
         for record in runs[0].result["protocols"]
     ]
@@ -308,7 +308,7 @@ def _seed_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
             values = [seed.level(record["pass"], "bpb") for seed in run.seeds]
             listed = ", ".join(f"{value:.4f}" for value in values)
             spread = f"{np.std(values, ddof=1):.4f}"
-            rows.append([run.name, record["id"], _count(record["context"]), listed, spread])
+            rows.append([run.name, record["id"], count(record["context"]), listed, spread])
     note = "Of trainings that differ in the seed alone, on the same documents."
     return note, ["run", "protocol", "context", "bpb of each seed", "standard deviation"], rows
 
@@ -338,7 +338,7 @@ def _verdict_table(comparisons: Sequence[Comparison]) -> tuple[str, Row, list[Ro
                 [
                     f"{a.name} - {b.name}",
                     v.protocol,
-                    _count(v.context),
+                    count(v.context),
                     v.metric,
                     f"{d.value:+.4f}",
                     _interval(d.ci95) or "one document",
@@ -378,7 +378,7 @@ def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
                 rows.append(
                     [
                         run.name,
-                        f"{_count(m['baseline_context'])} to {_count(m['context'])}",
+                        f"{count(m['baseline_context'])} to {count(m['context'])}",
                         f"{m['value']:+.4f}",
                         _interval(band) or "one document",
                         _gain_words(m),
@@ -390,66 +390,6 @@ def _gain_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
         "then from the largest one within the training length."
     )
     return note, ["run", "context", "gain", "simultaneous 95 %", "reading"], rows
-
-
-def gate_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
-    rows = []
-    for run in _trainings(runs):
-        names = dict.fromkeys(gate["name"] for gate in run.result["gates"])
-        for name in names:
-            group = [gate for gate in run.result["gates"] if gate["name"] == name]
-            worst = max(group, key=lambda gate: gate["value"])
-            where = worst["detail"] if len(group) == 1 else f"{len(group)} passes"
-            state = "passed" if all(gate["passed"] for gate in group) else "FAILED"
-            value, bound = f"{worst['value']:.2g}", f"{worst['bound']:.2g}"
-            rows.append([run.name, name, state, value, bound, where])
-    note = (
-        "Checked before and after scoring; a failed gate means that no report is written. Models "
-        "that round to codes are compared with their codes held; flips are codes that rounding "
-        "decides, of keys as near to one code as to another."
-    )
-    return note, ["run", "gate", "state", "value", "bound", "where"], rows
-
-
-def cost_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
-    rows = []
-    for run in _trainings(runs):
-        for cost in run.result["cost"]:
-            memory = f"{cost['peak_memory_bytes'] / 2**20:,.0f} MiB ({cost['peak_memory_of']})"
-            rows.append(
-                [
-                    run.name,
-                    cost["pass"],
-                    _count(cost["context"]),
-                    f"{cost['input_tokens']:,}",
-                    f"{cost['seconds']:.2f}",
-                    f"{cost['tokens_per_second']:,.0f}",
-                    memory,
-                ]
-            )
-    note = (
-        "Forward passes only, as scored, beside whatever else the machine did; peak memory of a "
-        "process never falls."
-    )
-    return (
-        note,
-        ["run", "pass", "context", "input tokens", "seconds", "tokens/s", "peak memory"],
-        rows,
-    )
-
-
-def provenance_table(runs: Sequence[EvalRun]) -> tuple[str, Row, list[Row]]:
-    runs = _trainings(runs)
-    facts: list[tuple[str, list[str]]] = []
-    for section in ("model", "tokenizer", "data", "policy", "env"):
-        keys = dict.fromkeys(key for run in runs for key in run.result[section])
-        for key in keys:
-            values = [str(run.result[section].get(key, "")) for run in runs]
-            facts.append((f"{section}.{key}", values))
-    facts.append(("created", [run.result["created"] for run in runs]))
-    facts.append(("command", [run.result["command"] for run in runs]))
-    rows = [[name, *values] for name, values in facts]
-    return "", ["fact", *(run.name for run in runs)], rows
 
 
 def _metric(run: EvalRun, name: str, record: dict[str, Any]) -> dict[str, Any] | None:
@@ -489,7 +429,3 @@ def _plain(metric: dict[str, Any] | None, digits: int) -> str:
 
 def _interval(edges: Sequence[float] | None) -> str:
     return f"{edges[0]:+.4f} .. {edges[1]:+.4f}" if edges else ""
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"

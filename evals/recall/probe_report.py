@@ -6,8 +6,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from evals import fact_tables, plots
 from evals import page as html
-from evals import plots, report
 from evals.compare import EvalRun
 from evals.recall.likelihood import RANKED
 from evals.recall.probes import SPAN_TOKENS
@@ -92,8 +92,8 @@ def page(result: Result) -> str:
     run = EvalRun(result["name"], result, {})
     sections += [
         _losses(result),
-        ("Gates", *report.gate_table([run])),
-        ("Provenance", *report.provenance_table([run])),
+        ("Gates", *fact_tables.gate_table([run])),
+        ("Provenance", *fact_tables.provenance_table([run])),
     ]
     picture = html.Picture(plots.to_svg(figure(result)), "Recall by length and depth", wide=True)
     title = f"Recall: {result['name']}"

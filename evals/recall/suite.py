@@ -15,7 +15,6 @@ several differ in `created`, `command` and `cost` only.
 import csv
 import io
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +131,7 @@ def run(
     likelihood.check(model, documents, encode, options)
     with results_folder.claim(out_dir, documents, OUTPUTS, processes) as among:
         before = model.fingerprint()
-        checked_tokens = min(max(2048, 4 * train_length), model.max_tokens or sys.maxsize)
-        checked = gates.check_model(model, documents, checked_tokens)
+        checked = gates.check_model(model, documents, gates.longest_input(model, train_length))
         checked += check_branching(model, documents, encode, options)
         gates.require(checked)
         scores = likelihood.score_cells(
