@@ -122,3 +122,15 @@ def test_a_model_with_a_smaller_vocabulary_is_refused():
     (scoring,) = protocols.stream(documents.lengths, 16)
     with pytest.raises(ValueError, match="vocab_size=16 of the model"):
         score(Uniform(16), documents, scoring)
+
+
+def test_a_store_from_before_its_text_was_marked_is_read_as_it_was(tmp_path):
+    documents = documents_with([40, 30])
+    (scoring,) = protocols.position(documents.lengths, 100)
+    table = score(Uniform(32), documents, scoring)
+    table.save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as arrays:
+        np.savez(tmp_path / "old.npz", **{k: v for k, v in arrays.items() if k != "is_text"})
+    read = TokenTable.load(tmp_path / "old.npz")
+    np.testing.assert_array_equal(read.is_text, table.is_text)
+    np.testing.assert_array_equal(read.bits_and_bytes(), table.bits_and_bytes())
