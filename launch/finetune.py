@@ -14,8 +14,8 @@ The answer is written as text, or with head=classifier chosen among the labels o
 
 OUT has per seed the answers to the tests (TEST.jsonl), the best weights on validation (best.pt) and
 result.json; over all seeds table.md and results.json. The same command resumes. `table` compares
-several OUTs without a model. One process trains one seed after the other (`deepspeed --num_gpus 1`
-works, too). Exit codes: 0 done, 1 a checkpoint is damaged, 2 bad input.
+several OUTs without a model, task by task. One process trains one seed after the other
+(`deepspeed --num_gpus 1` works, too). Exit codes: 0 done, 1 a checkpoint is damaged, 2 bad input.
 """
 
 import json
@@ -129,9 +129,13 @@ def show(folders: list[Path], arguments: TableArguments) -> None:
     """Prints the table of several fine-tunings, and writes it where `out` says."""
     if not folders:
         raise ValueError("table needs folders; use table runs/A runs/B out=runs/compared")
-    comparison = report.compare(folders, arguments.baseline)
-    records = report.records(comparison)
-    table = report.markdown(records, comparison)
+    comparisons = [report.compare(group, arguments.baseline) for group in report.by_task(folders)]
+    found = [report.records(comparison) for comparison in comparisons]
+    records = [record for part in found for record in part]
+    tables = [report.markdown(*pair) for pair in zip(found, comparisons, strict=True)]
+    if len(tables) > 1:
+        tables.insert(0, report.overview(records, comparisons))
+    table = "\n\n".join(tables)
     print(table)
     if arguments.out:
         out = Path(arguments.out)

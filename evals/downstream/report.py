@@ -123,6 +123,49 @@ def _record(
     return record
 
 
+def by_task(folders: Sequence[Path]) -> list[list[Path]]:
+    """Folders of one task together, in the order of each task's first."""
+    groups: dict[str, list[Path]] = {}
+    for folder in folders:
+        groups.setdefault(read_settings(folder)["task"]["name"], []).append(folder)
+    return list(groups.values())
+
+
+def overview(found: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -> str:
+    """One table of several tasks: a line per test, a column per model, the first metric of each.
+
+    Args:
+        found: records of all comparisons.
+        comparisons: one per task.
+    """
+    models = list(dict.fromkeys(row.name for c in comparisons for row in c.rows))
+    lines = [
+        f"| task | metric, % | examples | {' | '.join(models)} |",
+        "|---" * (3 + len(models)) + "|",
+    ]
+    for comparison in comparisons:
+        for test in comparison.examples:
+            rows = {r["model"]: r for r in found if (r["task"], r["test"]) == (comparison.task, test)}
+            examples = next(iter(rows.values()))["examples"]
+            cells = [comparison.task, comparison.metrics[0], f"{examples:,}"]
+            cells += [
+                _overview_cell(rows[name], comparison.metrics[0]) if name in rows else ""
+                for name in models
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    baselines = ", ".join(dict.fromkeys(comparison.baseline for comparison in comparisons))
+    lines += ["", f"In brackets: the difference over {baselines}; bold where it excludes zero."]
+    return "\n".join(lines)
+
+
+def _overview_cell(record: dict[str, Any], metric: str) -> str:
+    value, gap = record["metrics"][metric]["value"], record.get("difference")
+    if gap is None:
+        return f"{value:.1f}"
+    cell = f"{value:.1f} ({gap['value']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}])"
+    return f"**{cell}**" if gap["low"] > 0 or gap["high"] < 0 else cell
+
+
 def markdown(found: Sequence[dict[str, Any]], comparison: Comparison) -> str:
     """A table per test."""
     first = comparison.metrics[0]

@@ -49,7 +49,7 @@ def test_rivals_have_equal_sizes_batches_and_learning_rates(
     assert rates == {learning_rate}
 
 
-@pytest.mark.parametrize("size", ["tiny", "base"])
+@pytest.mark.parametrize("size", ["tiny", "mini", "base"])
 def test_encoder_decoders_differ_in_the_encoders_mixers_alone(
     size: str, shipped: dict[str, Entry]
 ) -> None:
@@ -65,7 +65,7 @@ def test_encoder_decoders_differ_in_the_encoders_mixers_alone(
 def test_there_is_no_other_model(shipped: dict[str, Entry]) -> None:
     """A row, size or paper's setting that is in no table here would be held to nothing."""
     rows = {f"{row}_{size}" for row in ROWS for size in SIZES}
-    rows |= {f"{row}_{size}" for row in ENCODER_DECODERS for size in ("tiny", "base")}
+    rows |= {f"{row}_{size}" for row in ENCODER_DECODERS for size in ("tiny", "mini", "base")}
     assert set(shipped) == rows | PAPERS | {"bst_quickstart", "swa_quickstart"}
 
 

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# make denoising-study CORPORA=FOLDER: what is pretraining worth to a small encoder-decoder, and what
+# does it matter which encoder reads long inputs? Books -> three encoders on span corruption ->
+# fine-tuning on five tasks, SPADE's also from random weights, three seeds -> one table per task.
+# FOLDER has books_large/ (train-00 and validation) and a folder per task of configs/task/. Every row
+# tries all RATES with its first seed and takes the one that does best on validation. Processes are
+# dealt out to the visible GPUs, WORKERS at a time; made for two GPUs and 32 cores. Finished steps are
+# recognised and skipped. Arguments go to pretraining, FINETUNE (words of launch/finetune.py) to every
+# fine-tuning:
+#   WORKERS=2 STUDY=runs/try FINETUNE="steps=4 test_examples=8 max_target_tokens=8" \
+#     launch/denoising_study.sh train.total_tokens=128K
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export CORPORA=${CORPORA:?the folder of books_large/ and of the tasks is missing: CORPORA=FOLDER}
+export STUDY=${STUDY:-runs/denoising_study} FINETUNE=${FINETUNE:-} OMP_NUM_THREADS=1
+WORKERS=${WORKERS:-32} SEEDS=${SEEDS:-3} RATES=${RATES:-3e-4 1e-3}
+CORPUS=${CORPUS:-corpora/denoising_study}
+GPUS=$(python -c 'import os, torch; n = torch.cuda.device_count()
+print(os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n))))')
+export GPUS
+
+JOBS=()
+for task in ${TASKS:-sumpubmed_sample movie_reviews scitldr_a banking77 sentence_polarity}; do
+  case $task in
+    banking77 | sentence_polarity) rows="spade spade_random" ;; # short inputs: one encoder
+    *) rows="full local spade spade_random" ;;
+  esac
+  for row in $rows; do JOBS+=("$task $row"); done
+done
+
+say() { printf '\n== %s  [%d s]\n' "$*" "$SECONDS"; }
+
+finetune() { # TASK ROW RATE SEEDS: into $STUDY/TASK/rate_RATE/ROW, unless its last seed is there
+  local out=$STUDY/$1/rate_$3/$2 run init=pretrained words gpus
+  [ -e "$out/seed_$(($4 - 1))/result.json" ] && return
+  case $2 in
+    full) run=t5_mini ;;
+    local) run=local_t5_mini ;;
+    spade) run=spade_t5_mini ;;
+    spade_random) run=spade_t5_mini init=random ;;
+  esac
+  case $1 in
+    sentence_polarity) words="batch_size=64 epochs=5 lanes=256" ;;
+    banking77) words="batch_size=64 epochs=8 lanes=256" ;;
+    movie_reviews) words="batch_size=16 epochs=6 lanes=32" ;;
+    scitldr_a)
+      words="batch_size=32 epochs=8 check_every=124 validation_examples=200 lanes=128
+             max_target_tokens=128 truncate=true" ;;
+    sumpubmed_sample)
+      words="batch_size=16 epochs=6 check_every=80 lanes=80
+             max_input_tokens=4096 max_target_tokens=512 truncate=true" ;;
+  esac
+  IFS=, read -ra gpus <<<"$GPUS"
+  [ ${#gpus[@]} -gt 0 ] && export CUDA_VISIBLE_DEVICES=${gpus[$((SLOT % ${#gpus[@]}))]}
+  mkdir -p "$out"
+  # Of a word that comes twice the last one counts.
+  # shellcheck disable=SC2086  # several words
+  python launch/finetune.py run="$STUDY/pretrained/$run" init=$init task="$1" \
+    source="$CORPORA/$1" out="$out" learning_rate="$3" seeds="$4" micro_batch_tokens=32768 \
+    $words $FINETUNE >>"$out/finetune.log" 2>&1 ||
+    { echo "error: $out: $(tail -n 1 "$out/finetune.log")  ($out/finetune.log)" >&2; return 1; }
+  echo "[$SECONDS s] $out"
+}
+export -f finetune
+
+run_jobs() { # lines of TASK ROW RATE SEEDS from standard input
+  xargs -L 1 -P "$WORKERS" --process-slot-var=SLOT bash -c 'finetune "$@"' _
+}
+
+best_rate() { # TASK ROW: the rate whose first seed did best on validation
+  for rate in $RATES; do
+    python -c 'import json, sys; print(json.load(open(sys.argv[1]))["validation"] or 0)' \
+      "$STUDY/$1/rate_$rate/$2/seed_0/result.json" | tr '\n' ' '
+    echo "$rate"
+  done | sort -g | tail -n 1 | cut -d ' ' -f 2
+}
+
+say "1/5 preparing the books (once)"
+python launch/prepare.py data="$CORPORA/books_large/train-00.jsonl.xz" \
+  splits.validation="$CORPORA/books_large/validation.jsonl.xz" out="$CORPUS" \
+  vocab_size=8192 n_sentinels=1024 workers="$(nproc)"
+
+say "2/5 pretraining three encoders"
+python launch/sweep.py sweep=denoising_study workers=3 out_dir="$STUDY/pretrained" \
+  data.path="$CORPUS" "$@"
+
+say "3/5 fine-tuning one seed at each rate, $WORKERS at a time"
+for job in "${JOBS[@]}"; do
+  for rate in $RATES; do echo "$job $rate 1"; done
+done | run_jobs
+
+say "4/5 fine-tuning the other seeds at the better rate"
+chosen=() folders=()
+for job in "${JOBS[@]}"; do
+  read -r task row <<<"$job"
+  rate=$(best_rate "$task" "$row")
+  chosen+=("$job $rate $SEEDS")
+  folders+=("$STUDY/$task/rate_$rate/$row")
+done
+printf '%s\n' "${chosen[@]}" | tee "$STUDY/rates.txt" | run_jobs
+
+say "5/5 comparing: differences are over SPADE pretrained"
+python launch/finetune.py table "${folders[@]}" baseline=spade out="${STUDY}_table"
+say "done"
