@@ -14,7 +14,7 @@ FIND_TORCH := import pathlib, re, torch; \
 	assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11); \
 	print(pathlib.Path(torch.__file__).parents[1])
 
-.PHONY: quickstart quickstart-long compare test test-slow test-browser lint format clean
+.PHONY: quickstart quickstart-long compare denoising-base denoising-study test test-slow test-browser lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/ready
@@ -26,6 +26,14 @@ quickstart-long: $(VENV)/ready
 # Five small models, three seeds each; minutes on one GPU with 16 CPU cores.
 compare: $(VENV)/ready
 	@$(RUN) launch/compare_models.sh
+
+# What SPADE's and full attention's encoder-decoders of T5 base's size cost by length; a GPU each.
+denoising-base: $(VENV)/ready
+	@$(RUN) launch/denoising_base.sh
+
+# What pretraining is worth to small encoder-decoders on five tasks, whose folder is CORPORA.
+denoising-study: $(VENV)/ready
+	@$(RUN) launch/denoising_study.sh
 
 test: lint
 	@$(RUN) OMP_NUM_THREADS=1 pytest

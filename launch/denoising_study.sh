@@ -15,8 +15,7 @@ export CORPORA=${CORPORA:?the folder of books_large/ and of the tasks is missing
 export STUDY=${STUDY:-runs/denoising_study} FINETUNE=${FINETUNE:-} OMP_NUM_THREADS=1
 WORKERS=${WORKERS:-32} SEEDS=${SEEDS:-3} RATES=${RATES:-3e-4 1e-3}
 CORPUS=${CORPUS:-corpora/denoising_study}
-GPUS=$(python -c 'import os, torch; n = torch.cuda.device_count()
-print(os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n))))')
+GPUS=$(python -c 'from pretrain.training.environment import visible_gpus; print(*visible_gpus())')
 export GPUS
 
 JOBS=()
@@ -31,15 +30,16 @@ done
 say() { printf '\n== %s  [%d s]\n' "$*" "$SECONDS"; }
 
 finetune() { # TASK ROW RATE SEEDS: into $STUDY/TASK/rate_RATE/ROW, unless its last seed is there
-  local out=$STUDY/$1/rate_$3/$2 run init=pretrained words gpus
-  [ -e "$out/seed_$(($4 - 1))/result.json" ] && return
-  case $2 in
+  local task=$1 row=$2 rate=$3 seeds=$4 run init=pretrained words
+  local out=$STUDY/$task/rate_$rate/$row
+  [ -e "$out/seed_$((seeds - 1))/result.json" ] && return
+  case $row in
     full) run=t5_mini ;;
     local) run=local_t5_mini ;;
     spade) run=spade_t5_mini ;;
     spade_random) run=spade_t5_mini init=random ;;
   esac
-  case $1 in
+  case $task in
     sentence_polarity) words="batch_size=64 epochs=5 lanes=256" ;;
     banking77) words="batch_size=64 epochs=8 lanes=256" ;;
     movie_reviews) words="batch_size=16 epochs=6 lanes=32" ;;
@@ -47,16 +47,20 @@ finetune() { # TASK ROW RATE SEEDS: into $STUDY/TASK/rate_RATE/ROW, unless its l
       words="batch_size=32 epochs=8 check_every=124 validation_examples=200 lanes=128
              max_target_tokens=128 truncate=true" ;;
     sumpubmed_sample)
-      words="batch_size=16 epochs=6 check_every=80 lanes=80
+      words="batch_size=16 epochs=6 check_every=120 lanes=80
              max_input_tokens=4096 max_target_tokens=512 truncate=true" ;;
   esac
-  IFS=, read -ra gpus <<<"$GPUS"
-  [ ${#gpus[@]} -gt 0 ] && export CUDA_VISIBLE_DEVICES=${gpus[$((SLOT % ${#gpus[@]}))]}
+  if [ -n "$GPUS" ]; then # one of them, by the place of this process among those that run
+    # shellcheck disable=SC2086
+    set -- $GPUS
+    shift $((SLOT % $#))
+    export CUDA_VISIBLE_DEVICES=$1
+  fi
   mkdir -p "$out"
   # Of a word that comes twice the last one counts.
   # shellcheck disable=SC2086  # several words
-  python launch/finetune.py run="$STUDY/pretrained/$run" init=$init task="$1" \
-    source="$CORPORA/$1" out="$out" learning_rate="$3" seeds="$4" micro_batch_tokens=32768 \
+  python launch/finetune.py run="$STUDY/pretrained/$run" init=$init task="$task" \
+    source="$CORPORA/$task" out="$out" learning_rate="$rate" seeds="$seeds" micro_batch_tokens=32768 \
     $words $FINETUNE >>"$out/finetune.log" 2>&1 ||
     { echo "error: $out: $(tail -n 1 "$out/finetune.log")  ($out/finetune.log)" >&2; return 1; }
   echo "[$SECONDS s] $out"
@@ -100,5 +104,5 @@ done
 printf '%s\n' "${chosen[@]}" | tee "$STUDY/rates.txt" | run_jobs
 
 say "5/5 comparing: differences are over SPADE pretrained"
-python launch/finetune.py table "${folders[@]}" baseline=spade out="${STUDY}_table"
+python launch/finetune.py table "${folders[@]}" baseline=spade out="${STUDY}_table" workers="$WORKERS"
 say "done"

@@ -6,6 +6,7 @@
     python launch/evaluate.py run=runs/NAME suite=recall lengths=256..4096 depths=0,0.5,1
     python launch/evaluate.py rebuild run=runs/NAME suite=perplexity
     python launch/evaluate.py curves runs/rows/* out=runs/rows_curves baseline=swa_tiny
+    python launch/evaluate.py costs runs/denoising_base/* out=runs/denoising_base_costs
     python launch/evaluate.py streaming models=swa_tiny,bst_tiny out=runs/streaming
 
 The first writes runs/NAME/eval/SUITE/ (for perplexity result.json, curve.csv, curve.png,
@@ -13,7 +14,8 @@ report.html, tokens/*.npz); a second call rescores nothing that is there, after 
 either, and several processes, under torchrun or deepspeed, share the documents. launch/compare.py
 compares what several runs left. `rebuild` derives all files anew from those of the first, without
 the model. `curves` compares the training curves of a sweep (launch/sweep.py):
-curves.png, rows.csv, rows.md. `streaming` needs no run: it measures the models of configs/model/ on
+curves.png, rows.csv, rows.md; `costs` puts what each training cost beside its losses: costs.md,
+costs.csv. `streaming` needs no run: it measures the models of configs/model/ on
 the CPU (OMP_NUM_THREADS=1: on one core; evals/streaming.py names two more settings for the C
 library's memory) and writes streaming.md, .json, .csv and .png. Exit codes: 0 done, 1 a model that
 claims a constant state grows with the context, 2 bad input, 3 a gate failed and no report was
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evals import curves, extrapolation_suite, perplexity_suite, streaming
+from evals import curves, extrapolation_suite, perplexity_suite, streaming, training_costs
 from evals.extrapolation_suite import ExtrapolationArguments
 from evals.gates import GateFailure
 from evals.perplexity_suite import PerplexityArguments
@@ -64,6 +66,13 @@ class CurvesArguments:
     out: str = ""
     baseline: str = ""  # the row that all are compared with
     last_steps: int = 50  # optimizer steps behind the final training loss
+
+
+@dataclass
+class CostsArguments:
+    """Everything `evaluate.py costs RUN ...` understands."""
+
+    out: str = ""
 
 
 @dataclass
@@ -129,6 +138,10 @@ def main(argv: list[str]) -> int:
             positional = [word for word in argv[1:] if "=" not in word]
             options = [word for word in argv[1:] if "=" in word]
             return compare_curves(positional, parse(CurvesArguments, options))
+        if argv[0] == "costs":
+            positional = [word for word in argv[1:] if "=" not in word]
+            options = [word for word in argv[1:] if "=" in word]
+            return compare_costs(positional, parse(CostsArguments, options))
         if argv[0] == "rebuild":
             return rebuild(parse(RebuildArguments, argv[1:]))
         if argv[0] == "streaming":
@@ -226,6 +239,14 @@ def compare_curves(paths: list[str], arguments: CurvesArguments) -> int:
         )
     )
     print(out_dir / "curves.png")
+    return 0
+
+
+def compare_costs(paths: list[str], arguments: CostsArguments) -> int:
+    """Compares what runs cost."""
+    if not paths or not arguments.out:
+        raise ValueError("costs needs runs and out=; use costs runs/A runs/B out=runs/costs")
+    print(training_costs.write([Path(path) for path in paths], Path(arguments.out)))
     return 0
 
 

@@ -100,6 +100,7 @@ class TableArguments:
 
     out: str = ""  # folder for table.md and results.json
     baseline: str = ""  # row that all are compared with; default: the last folder
+    workers: int = 1  # processes that score; ROUGE takes 0.1 s for a long summary
 
 
 # What may change from one call to the next without another result.
@@ -130,7 +131,7 @@ def show(folders: list[Path], arguments: TableArguments) -> None:
     if not folders:
         raise ValueError("table needs folders; use table runs/A runs/B out=runs/compared")
     comparisons = [report.compare(group, arguments.baseline) for group in report.by_task(folders)]
-    found = [report.records(comparison) for comparison in comparisons]
+    found = [report.records(comparison, arguments.workers) for comparison in comparisons]
     records = [record for part in found for record in part]
     tables = [report.markdown(*pair) for pair in zip(found, comparisons, strict=True)]
     if len(tables) > 1:

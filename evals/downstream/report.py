@@ -7,14 +7,17 @@ of several seeds has Welch's interval over these beside it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.processes import map_processes
 from evals.downstream.examples import Example
 from evals.downstream.intervals import difference, interval
-from evals.downstream.metrics import INVALID, combine, contributions
+from evals.downstream.metrics import INVALID, METRICS, combine, contributions
 from evals.downstream.outputs import Outputs, collect, read_settings
 from evals.downstream.rouge import MEASURES, SPLITTER
 from evals.stats import welch
@@ -82,21 +85,31 @@ def compare(folders: Sequence[Path], baseline: str = "") -> Comparison:
     )
 
 
-def records(comparison: Comparison) -> list[dict[str, Any]]:
-    """One record per test and row."""
+def records(comparison: Comparison, workers: int = 1) -> list[dict[str, Any]]:
+    """One record per test and row.
+
+    Args:
+        comparison: what is scored.
+        workers: processes for ROUGE; other metrics are faster than starting any.
+    """
     found = []
+    if METRICS[comparison.metrics[0]].kind != "generation":
+        workers = 1
     for test, examples in comparison.examples.items():
-        scores = {
-            row.name: [
-                contributions(comparison.metrics, texts, examples, comparison.labels)
-                for texts in row.tests[test]
-            ]
-            for row in comparison.rows
-        }
+        score = partial(_scores, comparison.metrics, examples, comparison.labels)
+        answers = [texts for row in comparison.rows for texts in row.tests[test]]
+        scored = iter(map_processes(score, answers, workers))
+        scores = {row.name: list(islice(scored, len(row.tests[test]))) for row in comparison.rows}
         for row in comparison.rows:
             found.append({"task": comparison.task, "test": test, "model": row.name})
             found[-1] |= _record(comparison, scores, row.name, len(examples))
     return found
+
+
+def _scores(
+    metrics: Sequence[str], examples: Sequence[Example], labels: Sequence[str], texts: Sequence[str]
+) -> dict[str, np.ndarray]:
+    return contributions(metrics, texts, examples, labels)
 
 
 def _record(
@@ -145,7 +158,9 @@ def overview(found: Sequence[dict[str, Any]], comparisons: Sequence[Comparison])
     ]
     for comparison in comparisons:
         for test in comparison.examples:
-            rows = {r["model"]: r for r in found if (r["task"], r["test"]) == (comparison.task, test)}
+            rows = {
+                r["model"]: r for r in found if (r["task"], r["test"]) == (comparison.task, test)
+            }
             examples = next(iter(rows.values()))["examples"]
             cells = [comparison.task, comparison.metrics[0], f"{examples:,}"]
             cells += [

@@ -191,6 +191,40 @@ def test_several_fine_tunings_make_one_table_and_other_tests_none(words, tmp_pat
     assert "less: its test examples are not those of one" in capsys.readouterr().err
 
 
+def test_the_table_of_several_tasks_begins_with_an_overview(words, tmp_path, capsys):
+    other = {"task": "banking77", "metrics": "rougeL"}
+    for name, changes in {"words": {}, "again": other}.items():
+        for row, rate in {"a": "1e-2", "b": "1e-3"}.items():
+            assert run(words, out=f"{name}/{row}", learning_rate=rate, **changes) == 0
+    capsys.readouterr()
+    folders = ["words/a", "again/b", "words/b", "again/a"]
+    assert finetune.main(["table", *folders, "baseline=b", "out=all"]) == 0
+    assert finetune.main(["table", *folders, "baseline=b", "out=processes", "workers=2"]) == 0
+    both = [(tmp_path / f"{out}/results.json").read_text() for out in ("all", "processes")]
+    assert both[0] == both[1]
+    overview, _, *tables = (tmp_path / "all/table.md").read_text().split("\n\n")
+    assert sum(part.startswith("| model |") for part in tables) == 2
+    found = json.loads((tmp_path / "all/results.json").read_text())["rows"]
+    lines = [
+        line.removeprefix("| ").removesuffix(" |").split(" | ") for line in overview.splitlines()
+    ]
+    assert [line[0] for line in lines[2:]] == ["jsonl", "banking77"]  # in the order of the folders
+    columns = lines[0][3:]
+    for line in lines[2:]:
+        for name, cell in zip(columns, line[3:], strict=True):
+            rows = [r for r in found if (r["task"], r["model"]) == (line[0], name)]
+            if not rows:  # another task's baseline
+                assert cell == ""
+                continue
+            (row,) = rows
+            assert cell.strip("*").startswith(f"{row['metrics'][line[1]]['value']:.1f}")
+            gap = row.get("difference")
+            assert (gap is None) == (name == "b")
+            if gap:
+                assert f"{gap['value']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" in cell
+                assert cell.startswith("**") == (gap["low"] > 0 or gap["high"] < 0)
+
+
 def test_bad_input_is_one_clear_line(words, tmp_path, capsys, monkeypatch):
     def told(**changes):
         text = complaint(capsys, words, **changes)

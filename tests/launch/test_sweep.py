@@ -86,6 +86,23 @@ def test_compare_has_five_rows_of_three_seeds_that_differ_in_the_seed_alone() ->
     assert all(config.train.carry_state for config in configs)
 
 
+def test_encoder_decoders_are_compared_at_equal_steps_and_batches() -> None:
+    study = [run.config for run in sweep.expand(["sweep=denoising_study"])]
+    assert {c.name for c in study} == {"spade_t5_mini", "t5_mini", "local_t5_mini"}
+    assert {(c.total_steps, c.optim.learning_rate, c.seed) for c in study} == {(1500, 2e-3, 0)}
+    base = [run.config for run in sweep.expand(["sweep=denoising_base"])]
+    assert {c.train.micro_batch_size * c.train.seq_len for c in base} == {16384}
+    assert {(c.total_steps, c.train.global_batch_tokens) for c in base} == {(150, 65536)}
+    lengths = {c.name.rpartition("_seq_len")[::2] for c in base}
+    assert lengths == {
+        ("spade_t5_base", "512"),
+        ("t5_base", "512"),
+        ("spade_t5_base", "4096"),
+        ("t5_base", "4096"),
+        ("spade_t5_base", "16384"),
+    }
+
+
 def test_rows_has_every_tiny_model_at_three_rates_and_trains_each_as_it_can_be() -> None:
     runs = sweep.expand(["sweep=rows"])
     models = {path.stem for path in (CONFIG_DIR / "model").glob("*_tiny.yaml")}

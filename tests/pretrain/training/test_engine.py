@@ -2,14 +2,15 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from pretrain.config import RunConfig
-from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
+from pretrain.config import RunConfig, load_config
+from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig, build_model
 from pretrain.models.block import BlockOutput
 from pretrain.training import engine
 from pretrain.training.compiled_blocks import compile_blocks
@@ -117,6 +118,23 @@ def test_wrongly_compiled_code_is_found_before_training() -> None:
         model.blocks[1].__class__ = wrong
         with pytest.raises(ValueError, match=r"train\.compile=true: the compiled 's4d' block"):
             verify_compiled(model, config, device)
+
+
+def test_compiled_encoder_decoders_are_checked_without_a_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A decoder block with a cache is compiled for nothing: training hands none on."""
+    config = load_config(["model=spade_t5_tiny", "train.seq_len=64"])
+    config.train.micro_batch_size, config.model.vocab_size = 2, 16
+    model, states = build_model(config.model), []
+
+    def note(block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        states.append(arguments[1])
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(note)
+    verify_compiled(model, config, torch.device("cpu"))
+    assert states == [None] * 3  # spade, swa, and the decoder's attention
 
 
 def test_training_imports_neither_data_nor_evals() -> None:
