@@ -21,14 +21,16 @@ WARM = 0.5  # of the logged rows: speeds are medians and losses means of the oth
 VALIDATED = ("val/loss", "val/loss/sentinel", "val/loss/other")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The record of a finished run.
+def load(path: Path) -> dict[str, Any] | None:
+    """The record of a run; None where training has not finished.
 
     Raises:
-        ValueError: it has not finished, or logged too rarely to leave the first steps out.
+        ValueError: no such folder, or it logged too rarely to leave the first steps out.
     """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; name run directories")
     if not (path / "DONE").exists():
-        raise ValueError(f"{path}: it has not finished; run its command again")
+        return None
     config = load_saved_config(path / "config.yaml")
     environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -103,10 +105,14 @@ def write(paths: Sequence[Path], out_dir: Path) -> str:
     """Writes costs.csv and costs.md into `out_dir`; returns the latter.
 
     Raises:
-        ValueError: as `load`.
+        ValueError: nothing has finished; as `load`.
     """
-    records = [load(path) for path in paths]
-    text = to_markdown(records)
+    found = {path: load(path) for path in paths}
+    records = [record for record in found.values() if record is not None]
+    if not records:
+        raise ValueError("none of the runs has finished; train them first")
+    left_out = [f"Left out: {path} has not finished." for path, r in found.items() if r is None]
+    text = "\n".join([to_markdown(records), *left_out])
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "costs.csv").write_text(to_csv(records), encoding="utf-8")
     (out_dir / "costs.md").write_text(text + "\n", encoding="utf-8")

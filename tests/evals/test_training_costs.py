@@ -48,11 +48,20 @@ def test_speed_and_loss_are_of_the_latter_half_and_memory_is_the_peak(tmp_path, 
     assert int(first["parameters"]) == 64 * d + 4 * (encoder + decoder) + 2 * d
 
 
+def test_an_unfinished_run_is_left_out_and_said_to_be(tmp_path, capsys):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "unfinished", done=False)]
+    assert evaluate.main(["costs", *map(str, runs), f"out={tmp_path}/costs"]) == 0
+    told = capsys.readouterr().out
+    assert f"Left out: {runs[1]} has not finished." in told
+    assert "| unfinished |" not in told
+
+
 def test_what_cannot_be_read_is_one_clear_line(tmp_path, capsys):
     unfinished = write_run(tmp_path / "unfinished", done=False)
     short = write_run(tmp_path / "short", rows=1)
     for words, complaint in (
-        ([str(unfinished), "out=x"], "unfinished: it has not finished"),
+        ([str(unfinished), "out=x"], "none of the runs has finished"),
+        ([str(tmp_path / "none"), "out=x"], "none: no such folder"),
         ([str(short), "out=x"], "short: it logged 1 times"),
         ([str(short)], "costs needs runs and out="),
     ):
