@@ -7,7 +7,7 @@
 # dealt out to the visible GPUs, WORKERS at a time; made for two GPUs and 32 cores. Finished steps are
 # recognised and skipped. Arguments go to pretraining, FINETUNE (words of launch/finetune.py) to every
 # fine-tuning:
-#   WORKERS=2 STUDY=runs/try FINETUNE="steps=4 test_examples=8 max_target_tokens=8" \
+#   WORKERS=2 STUDY=runs/try FINETUNE="steps=4 test_examples=8 max_target_tokens=8 truncate=true" \
 #     launch/denoising_study.sh train.total_tokens=128K
 set -euo pipefail
 cd "$(dirname "$0")/.."
