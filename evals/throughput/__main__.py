@@ -13,6 +13,7 @@ of `tokens` at every length (at least one sequence). FLOPs by the convention of
     tokens=           of a micro-batch; auto: 8k to 128k, until memory ends, and the best is shown
     loops=            plain, deepspeed (ZeRO-1), trainer; peers are measured in the plain one only
     precision=        bf16 (autocast), fp32, or bf16_weights (peers only)
+    residual_in_fp32= true, or false for a residual stream in bf16; ours only
     compile=true, checkpointing=false, vocab_size=32128, seconds=4 (timed per measurement)
     timeout_s=180     after which a measurement is ended; its log holds the stacks
     profile=false     also write the kernels of one step by time to out/profiles
@@ -53,6 +54,7 @@ class ThroughputArguments:
     precision: str = "bf16"
     compile: bool = True
     checkpointing: bool = False
+    residual_in_fp32: bool = True
     vocab_size: int = 32128
     seconds: float = 4.0
     timeout_s: float = 180.0
@@ -85,6 +87,8 @@ def main(argv: list[str]) -> int:
     chosen = report.best(rows)
     policy = "every block recomputed" if arguments.checkpointing else "no activation checkpointing"
     facts = f"{machine.describe()}; {arguments.precision}, {policy}"
+    if not arguments.residual_in_fp32:
+        facts += ", residual stream of our models in bf16"
     text = f"{facts}\n\n{report.markdown(chosen)}\n"
     text += "".join(f"- {sentence}\n" for sentence in report.sentences(rows))
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,11 @@ def plan(arguments: ThroughputArguments) -> list[list[Measurement]]:
         problems.append(
             f"precision=bf16_weights with models={arguments.models}: ours keep fp32 weights; give "
             f"models= like={models[0]}"
+        )
+    if not arguments.residual_in_fp32 and arguments.precision != "bf16":
+        problems.append(
+            f"residual_in_fp32=false with precision={arguments.precision}: the residual stream "
+            f"takes autocast's dtype, and there is none; use precision=bf16"
         )
     if not (models or peers):
         problems.append("models= and peers= are both empty; name one")
@@ -164,6 +173,7 @@ def _sizes(
             precision=arguments.precision,
             compile=arguments.compile,
             checkpointing=arguments.checkpointing,
+            residual_in_fp32=arguments.residual_in_fp32,
             seconds=arguments.seconds,
             device=choose_device(arguments.device).type,
             profile=profile,

@@ -27,6 +27,7 @@ def row_of(result: Result) -> Row:
         "loop": settings["loop"],
         "precision": settings["precision"],
         "checkpointing": settings["checkpointing"],
+        "residual_in_fp32": settings["residual_in_fp32"],
         "length": settings["length"],
         "batch_size": settings["batch_size"],
         **dict.fromkeys(

@@ -30,6 +30,7 @@ class Measurement:
         precision: "bf16" autocast over fp32 weights, "fp32", or "bf16_weights" (peers only).
         compile: compile blocks; peers with kernels of their own have nothing to compile.
         checkpointing: recompute every block in the backward.
+        residual_in_fp32: as in `LanguageModelConfig`; peers have their own ways.
         seconds: of the device to be timed; 3 to 20 steps.
         device: "cuda" or "cpu".
         profile: file for a table of kernels by time in one more step; "" for none.
@@ -44,6 +45,7 @@ class Measurement:
     precision: str
     compile: bool
     checkpointing: bool
+    residual_in_fp32: bool
     seconds: float
     device: str
     profile: str = ""
@@ -73,6 +75,7 @@ class Measurement:
                 f"model={self.like if self.is_peer else self.model}",
                 f"model.vocab_size={self.vocab_size}",
                 f"model.activation_checkpointing={self.checkpointing}",
+                f"model.residual_in_fp32={self.residual_in_fp32}",
                 f"train.seq_len={self.length}",
                 f"train.micro_batch_size={self.batch_size}",
                 f"train.global_batch_tokens={self.tokens}",

@@ -96,6 +96,9 @@ class LanguageModelConfig:
         scale_logits: the head's input is divided by sqrt(d_model), as T5's is where it is tied.
         init_std: of embeddings and weights; projections onto the residual stream are smaller by
             1 / sqrt(2 n_layers).
+        residual_in_fp32: False: the residual stream has autocast's dtype, which rounds every sum
+            and halves its memory and its traffic. Without autocast it makes no difference. Norms
+            and the loss compute in at least fp32 either way.
         loss_chunk_size: tokens whose logits exist at one time.
         activation_checkpointing: recompute each block in the backward.
         reset_grid: tokens between places where a document may begin; 0: the least common multiple
@@ -115,6 +118,7 @@ class LanguageModelConfig:
     tie_embeddings: bool = True
     scale_logits: bool = False
     init_std: float = 0.02
+    residual_in_fp32: bool = True
     loss_chunk_size: int = 4096
     activation_checkpointing: bool = False
     reset_grid: int = 0

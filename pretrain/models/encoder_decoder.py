@@ -23,7 +23,7 @@ from pretrain.models.block import Block, BlockOutput, update_buffers
 from pretrain.models.config import LanguageModelConfig
 from pretrain.models.cross_attention import CrossAttention, KeysValues
 from pretrain.models.language_model import LMHead, ModelOutput, head_of
-from pretrain.models.layers import RMSNorm, init_weights
+from pretrain.models.layers import RMSNorm, TokenEmbedding, init_weights
 from pretrain.ops.relative_bias import share_t5_tables
 
 # T5's span corruption has 114 targets for 512 encoder tokens, and so on in proportion.
@@ -120,7 +120,9 @@ class EncoderDecoder(nn.Module):
             "d_ff": config.feed_forward_size,
             "mlp": config.mlp,
         }
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = TokenEmbedding(
+            config.vocab_size, config.d_model, residual_in_fp32=config.residual_in_fp32
+        )
         self.encoder_blocks = nn.ModuleList(
             Block(name, config.build_encoder_mixer(name), **sizes)
             for name in config.encoder_layer_names()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.mixers import TokenMixer
 from pretrain.models.block import Block, update_buffers
 from pretrain.models.config import LanguageModelConfig
-from pretrain.models.layers import RMSNorm, init_weights
+from pretrain.models.layers import RMSNorm, TokenEmbedding, init_weights
 from pretrain.ops.cross_entropy import CrossEntropy, linear_cross_entropy
 from pretrain.ops.relative_bias import share_t5_tables
 
@@ -114,7 +114,9 @@ class LanguageModel(nn.Module):
         if problems:
             raise ValueError("\n".join(problems))
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = TokenEmbedding(
+            config.vocab_size, config.d_model, residual_in_fp32=config.residual_in_fp32
+        )
         blocks = [
             Block(
                 name,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.ops.normalization import rms_norm
+from pretrain.ops.numerics import matmul_dtype
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +22,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class TokenEmbedding(nn.Embedding):
+    """A row per token, in the dtype that the residual stream has from there on.
+
+    A stream in autocast's dtype stays in it, because what mixers and MLPs add to it comes from
+    matmuls. So train torchtitan and OLMo-core, whose parameters are bf16 in a forward.
+
+    Args:
+        vocab_size: rows.
+        d_model: model width.
+        residual_in_fp32: False: rows are rounded to the dtype in which autocast would run a matmul
+            of them; without autocast they stay as they are.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, *, residual_in_fp32: bool) -> None:
+        super().__init__(vocab_size, d_model)
+        self.residual_in_fp32 = residual_in_fp32
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = super().forward(tokens)
+        return x if self.residual_in_fp32 else x.to(matmul_dtype(x))
 
 
 class SwiGLU(nn.Module):

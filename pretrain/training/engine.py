@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
+from pretrain.ops.numerics import matmul_dtype
 from pretrain.training.compiled_blocks import COMPILED_ERROR, compile_blocks, compiled_error
 from pretrain.training.optim import parameter_groups
 
@@ -215,8 +216,11 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
         states = [None, None]
         read = {"memory": torch.randn(shape, device=device)} if reads_memory else {}
         for segment in segments:
-            x = torch.randn(shape, device=device)
+            # As embeddings begin: beside larger x a narrow stream would round away what blocks add.
+            x = config.model.init_std * torch.randn(shape, device=device)
             with autocast(config, device):
+                if not config.model.residual_in_fp32:
+                    x = x.to(matmul_dtype(x))
                 want, got = block.forward(x, states[0], **read), block(x, states[1], **read)
             error = compiled_error(block, x, want.x, got.x)
             if not error < COMPILED_ERROR:

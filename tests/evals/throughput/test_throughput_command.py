@@ -37,6 +37,14 @@ def test_the_trainer_is_timed_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "measured before" in capsys.readouterr().out
 
 
+def test_a_narrow_residual_stream_is_timed_and_stated(tmp_path: Path) -> None:
+    words = [w for w in words_for(tmp_path, "plain") if not w.startswith("precision")]
+    assert main([*words, "precision=bf16", "residual_in_fp32=false"]) == 0
+    (row,) = rows_of(tmp_path)
+    assert (row["status"], row["residual_in_fp32"]) == ("ok", "False")
+    assert "residual stream of our models in bf16" in (tmp_path / "throughput.md").read_text()
+
+
 @pytest.mark.slow
 def test_all_loops_train_the_same_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words_for(tmp_path, "plain,deepspeed,trainer")) == 0
@@ -76,6 +84,7 @@ def test_auto_tries_every_size_once_smallest_first() -> None:
         ("models= peers=llama like=swa_tiny loops=trainer", "plain loop only"),
         ("tokens=many", "tokens=many"),
         ("seconds=0", "greater than 0"),
+        ("residual_in_fp32=false precision=fp32", "there is none; use precision=bf16"),
         ("lengths=0", "at least 1"),
     ],
 )

@@ -34,6 +34,7 @@ def measurement(folder: Path, **changes: Any) -> Measurement:
         "precision": "fp32",
         "compile": False,
         "checkpointing": False,
+        "residual_in_fp32": True,
         "seconds": 0.01,
         "device": "cpu",
     }

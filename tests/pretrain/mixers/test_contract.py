@@ -439,6 +439,14 @@ def test_autocast_stays_close_and_keeps_wide_states(name: str, variant: str) -> 
 
 
 @every_row
+def test_a_narrow_residual_stream_stays_narrow(name: str, variant: str) -> None:
+    """One wide addend would widen the stream of all layers above, in silence."""
+    mixer = build(name, variant, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixer(inputs(dtype=torch.bfloat16)).y.dtype == torch.bfloat16
+
+
+@every_row
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_forward_mutates_nothing(name: str, variant: str, training: bool) -> None:
     mixer, x = build(name, variant).train(training), inputs()
