@@ -1,7 +1,6 @@
 """Channel-wise layers: norm and MLPs, (..., D) in and out, D model width; and first weights."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from pretrain.ops.normalization import rms_norm
 from pretrain.ops.numerics import matmul_dtype
+from pretrain.ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -49,22 +49,25 @@ class TokenEmbedding(nn.Embedding):
 class SwiGLU(nn.Module):
     """W_out (silu(W_gate x) * W_up x) (Shazeer 2020, 2002.05202); gate and up are one matrix."""
 
-    activation: Callable[[Tensor], Tensor] = staticmethod(F.silu)
-
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.in_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
         self.out_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.in_proj(x).chunk(2, -1)
-        return self.out_proj(self.activation(gate) * up)
+        return self.out_proj(self.gated(self.in_proj(x)))
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """(..., 2F) -> (..., F)."""
+        return swiglu(gate_up)
 
 
 class GEGLU(SwiGLU):
     """The same with gelu, by T5 1.1's approximation of it (tanh)."""
 
-    activation = staticmethod(partial(F.gelu, approximate="tanh"))
+    def gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.gelu(gate, approximate="tanh") * up
 
 
 class GELUMLP(nn.Module):
