@@ -1,6 +1,9 @@
-"""Triton kernel of the elementwise part of cross-entropy: logits read twice, written once.
+"""Triton kernels of the elementwise part of cross-entropy, one program per token.
 
 Shapes: M tokens, V vocabulary.
+
+A vocabulary whose logits fit into the registers of a program is read once and written once; a
+larger one is read twice, in blocks.
 """
 
 import torch
@@ -8,7 +11,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192  # a row of 32,128 narrow logits is 64 KB: the second reading comes from the cache
+# 32 values of 4 bytes for each of 1,024 threads, which have 64 registers (sm_90: nothing spilled).
+ROW_BYTES = 2**17
+BLOCK = 8192  # otherwise; the second reading comes from the cache
+
+
+@triton.jit
+def _softmax_residual_of_row(
+    logits,
+    targets,
+    mask,
+    nll,
+    factor,
+    vocabulary,
+    row_stride,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * row_stride
+    target = tl.load(targets + token)
+    at = tl.arange(0, BLOCK)
+    x = tl.load(row + at, at < vocabulary, float("-inf")).to(WIDE)
+    highest = tl.max(x, 0)
+    wanted = tl.sum(tl.where(at == target, x, 0.0), 0)
+    e = tl.exp(x - highest)
+    total = tl.sum(e, 0)
+    counted = tl.load(mask + token).to(WIDE)
+    tl.store(nll + token, (tl.log(total) + highest - wanted) * counted)
+    tl.store(factor + token, counted / total)
+    e -= tl.where(at == target, total, 0.0)
+    tl.store(row + at, e.to(logits.dtype.element_ty), at < vocabulary)
 
 
 @triton.jit
@@ -64,7 +97,10 @@ def softmax_residual_(logits: Tensor, targets: Tensor, mask: Tensor, nll: Tensor
         (M,) like `nll`: d nll / d logits = factor x what is left in `logits`.
     """
     factor = torch.empty_like(nll)
-    _softmax_residual[(len(logits),)](
+    row = triton.next_power_of_2(logits.shape[1])
+    in_registers = row * nll.element_size() <= ROW_BYTES
+    kernel = _softmax_residual_of_row if in_registers else _softmax_residual
+    kernel[(len(logits),)](
         logits,
         targets,
         mask,
@@ -73,7 +109,7 @@ def softmax_residual_(logits: Tensor, targets: Tensor, mask: Tensor, nll: Tensor
         logits.shape[1],
         logits.stride(0),
         WIDE=tl.float64 if nll.dtype == torch.float64 else tl.float32,
-        BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])),
-        num_warps=16,
+        BLOCK=row if in_registers else BLOCK,
+        num_warps=min(32, max(1, row // 1024)) if in_registers else 16,
     )
     return factor

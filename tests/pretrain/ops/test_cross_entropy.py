@@ -41,7 +41,7 @@ def test_values_and_gradients_equal_torchs_own(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("vocabulary", [29, 20_000])
+@pytest.mark.parametrize("vocabulary", [29, 20_000, 32_768, 50_257])  # in registers, or in blocks
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 )

@@ -55,6 +55,11 @@ def test_the_kernels_equal_the_definition(dtype: torch.dtype, width: int) -> Non
     check_against_the_definition(width, dtype, "cuda")
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_operator_keeps_the_rules_of_torch_library() -> None:
+    torch.library.opcheck(swiglu, (leaf(7, torch.float32, "cuda"),))
+
+
 @every_dtype
 def test_on_a_cpu_no_bit_differs_from_autograds(dtype: torch.dtype) -> None:
     x = leaf(7, dtype, "cpu")
