@@ -137,6 +137,22 @@ def test_compiled_encoder_decoders_are_checked_without_a_state(
     assert states == [None] * 3  # spade, swa, and the decoder's attention
 
 
+@pytest.mark.parametrize(("wide", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_compiled_blocks_are_checked_in_the_dtype_of_their_stream(
+    wide: bool, dtype: torch.dtype
+) -> None:
+    model_config = LanguageModelConfig(
+        vocab_size=16, d_model=16, n_layers=1, layers=LayersConfig(default="s4d")
+    )
+    model_config.residual_in_fp32 = wide
+    config, model = RunConfig(model=model_config), LanguageModel(model_config)
+    config.train.seq_len, config.train.micro_batch_size = 64, 2
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].dtype))
+    verify_compiled(model, config, torch.device("cpu"))
+    assert set(seen) == {dtype}
+
+
 def test_training_imports_neither_data_nor_evals() -> None:
     for path in Path(engine.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
