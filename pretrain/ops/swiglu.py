@@ -24,10 +24,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         (..., F) like `gate_up`; a GPU computes it in at least fp32.
     """
+    gate_up = gate_up.contiguous()
     if gate_up.is_cuda:
         from pretrain.ops.swiglu_kernels import swiglu_forward
 
-        return swiglu_forward(gate_up.contiguous())
+        return swiglu_forward(gate_up)
     return swiglu_naive(gate_up)
 
 
@@ -40,12 +41,13 @@ def swiglu_naive(gate_up: Tensor) -> Tensor:
 @torch.library.custom_op("longspan::swiglu_backward", mutates_args=())
 def _swiglu_backward(d_hidden: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of `gate_up`, contiguous."""
+    d_hidden, gate_up = d_hidden.contiguous(), gate_up.contiguous()
     if gate_up.is_cuda:
         from pretrain.ops.swiglu_kernels import swiglu_backward
 
-        return swiglu_backward(d_hidden.contiguous(), gate_up.contiguous())
+        return swiglu_backward(d_hidden, gate_up)
     gate, up = gate_up.chunk(2, -1)
-    d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    d_gate_up = torch.empty_like(gate_up)
     d_gate, d_up = d_gate_up.chunk(2, -1)
     d_gate.copy_(torch.ops.aten.silu_backward(d_hidden * up, gate))
     torch.mul(d_hidden, F.silu(gate), out=d_up)

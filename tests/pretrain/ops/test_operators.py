@@ -48,6 +48,7 @@ def test_operators_keep_the_rules_of_torch_library(name: str, flags: bool) -> No
 
 def test_the_gate_of_an_mlp_keeps_them_too() -> None:
     torch.library.opcheck(swiglu, (leaf(B, J, 2 * D),))
+    torch.library.opcheck(swiglu, (leaf(J, B, 2 * D).detach().transpose(0, 1).requires_grad_(),))
 
 
 def test_the_rotary_table_keeps_them_too() -> None:
