@@ -2,9 +2,9 @@
 
 Shapes: F hidden width.
 
-An operator with its own derivative: the gradients of the halves are the halves of one tensor, which
-is what the projection's backward multiplies by. Autograd would write them apart and join them, and
-inductor computes each element of the joined tensor both ways and keeps one.
+On a GPU an operator with its own derivative: the gradients of the halves are the halves of one
+tensor, which is what the projection's backward multiplies by. Autograd writes them apart and joins
+them, and inductor computes each element of the joined tensor both ways and keeps one.
 """
 
 from typing import Any
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("longspan::swiglu", mutates_args=())
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up.
 
@@ -24,42 +23,37 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         (..., F) like `gate_up`; a GPU computes it in at least fp32.
     """
-    gate_up = gate_up.contiguous()
-    if gate_up.is_cuda:
-        from pretrain.ops.swiglu_kernels import swiglu_forward
-
-        return swiglu_forward(gate_up)
-    return swiglu_naive(gate_up)
+    return fused_swiglu(gate_up) if gate_up.is_cuda else swiglu_naive(gate_up)
 
 
 def swiglu_naive(gate_up: Tensor) -> Tensor:
-    """The definition. Signature of `swiglu`."""
+    """The definition, and on a CPU the faster form. Signature of `swiglu`."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
-@torch.library.custom_op("longspan::swiglu_backward", mutates_args=())
-def _swiglu_backward(d_hidden: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of `gate_up`, contiguous."""
-    d_hidden, gate_up = d_hidden.contiguous(), gate_up.contiguous()
-    if gate_up.is_cuda:
-        from pretrain.ops.swiglu_kernels import swiglu_backward
+@torch.library.custom_op("longspan::swiglu", mutates_args=(), device_types="cuda")
+def fused_swiglu(gate_up: Tensor) -> Tensor:
+    """Signature of `swiglu`."""
+    from pretrain.ops.swiglu_kernels import swiglu_forward
 
-        return swiglu_backward(d_hidden, gate_up)
-    gate, up = gate_up.chunk(2, -1)
-    d_gate_up = torch.empty_like(gate_up)
-    d_gate, d_up = d_gate_up.chunk(2, -1)
-    d_gate.copy_(torch.ops.aten.silu_backward(d_hidden * up, gate))
-    torch.mul(d_hidden, F.silu(gate), out=d_up)
-    return d_gate_up
+    return swiglu_forward(gate_up.contiguous())
 
 
-@swiglu.register_fake
+@torch.library.custom_op("longspan::swiglu_backward", mutates_args=(), device_types="cuda")
+def _fused_swiglu_backward(d_hidden: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of `gate_up`."""
+    from pretrain.ops.swiglu_kernels import swiglu_backward
+
+    return swiglu_backward(d_hidden.contiguous(), gate_up.contiguous())
+
+
+@fused_swiglu.register_fake
 def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@_swiglu_backward.register_fake
+@_fused_swiglu_backward.register_fake
 def _(d_hidden: Tensor, gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
@@ -69,7 +63,7 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, d_hidden: Tensor) -> Tensor:
-    return _swiglu_backward(d_hidden, ctx.saved_tensors[0])
+    return _fused_swiglu_backward(d_hidden, ctx.saved_tensors[0])
 
 
-swiglu.register_autograd(_backward, setup_context=_save)
+fused_swiglu.register_autograd(_backward, setup_context=_save)

@@ -10,7 +10,6 @@ from pretrain.ops.normalization import _rotary_table
 from pretrain.ops.nplr_ssm import _dense_scan
 from pretrain.ops.ssd import ssd_scan
 from pretrain.ops.ssm_chunks import ssm_chunks
-from pretrain.ops.swiglu import swiglu
 
 D, B, J, C, N = 3, 2, 4, 5, 3
 
@@ -44,11 +43,6 @@ def test_operators_keep_the_rules_of_torch_library(name: str, flags: bool) -> No
     operator, *inputs = cases()[name]
     inputs.append(torch.rand(B, J) > 0.5 if flags else None)
     torch.library.opcheck(operator, tuple(inputs))
-
-
-def test_the_gate_of_an_mlp_keeps_them_too() -> None:
-    torch.library.opcheck(swiglu, (leaf(B, J, 2 * D),))
-    torch.library.opcheck(swiglu, (leaf(J, B, 2 * D).detach().transpose(0, 1).requires_grad_(),))
 
 
 def test_the_rotary_table_keeps_them_too() -> None:
