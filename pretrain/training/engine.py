@@ -197,9 +197,8 @@ def build_engine(
 
 
 def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Compares one compiled block of each kind with itself uncompiled, without and with a state.
-
-    An encoder-decoder reads each row at once: none of its layers is ever trained with a state.
+    """Compares one compiled block of each kind with itself uncompiled, as training calls it: with a
+    state only where states are carried.
 
     Args:
         model: after `compile_blocks`, on `device`.
@@ -211,7 +210,7 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
     """
     shape = (config.train.micro_batch_size, config.train.seq_len, config.model.d_model)
     kinds = {(block.kind, block.reads_memory): block for block in model.blocks}  # type: ignore[union-attr]
-    segments = ("first",) if config.model.has_encoder else ("first", "second")
+    segments = ("first", "second") if config.train.carry_state else ("first",)
     for (kind, reads_memory), block in kinds.items():
         states = [None, None]
         read = {"memory": torch.randn(shape, device=device)} if reads_memory else {}

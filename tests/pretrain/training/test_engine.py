@@ -2,7 +2,6 @@
 
 import ast
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -120,21 +119,25 @@ def test_wrongly_compiled_code_is_found_before_training() -> None:
             verify_compiled(model, config, device)
 
 
-def test_compiled_encoder_decoders_are_checked_without_a_state(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("model", "carry_state", "expected"),
+    [
+        ("bst_tiny", True, [False, True] * 2),  # swa and bst
+        ("bst_tiny", False, [False] * 2),
+        ("spade_t5_tiny", False, [False] * 3),  # spade, swa, and the decoder's attention
+    ],
+)
+def test_compiled_blocks_are_checked_with_a_state_where_training_carries_one(
+    model: str, carry_state: bool, expected: list[bool]
 ) -> None:
-    """A decoder block with a cache is compiled for nothing: training hands none on."""
-    config = load_config(["model=spade_t5_tiny", "train.seq_len=64"])
-    config.train.micro_batch_size, config.model.vocab_size = 2, 16
-    model, states = build_model(config.model), []
-
-    def note(block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        states.append(arguments[1])
-
-    for block in model.blocks:
-        block.register_forward_pre_hook(note)
-    verify_compiled(model, config, torch.device("cpu"))
-    assert states == [None] * 3  # spade, swa, and the decoder's attention
+    config = load_config([f"model={model}", "train.seq_len=128"])
+    config.train.carry_state, config.train.micro_batch_size = carry_state, 2
+    config.model.vocab_size = 16
+    built, given = build_model(config.model), []
+    for block in built.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: given.append(inputs[1] is not None))
+    verify_compiled(built, config, torch.device("cpu"))
+    assert given == expected
 
 
 @pytest.mark.parametrize(("wide", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
