@@ -15,6 +15,7 @@ of `tokens` at every length (at least one sequence). FLOPs by the convention of
     precision=        bf16 (autocast), fp32, or bf16_weights (peers only)
     residual_in_fp32= true, or false for a residual stream in bf16; ours only
     compile=true, checkpointing=false, vocab_size=32128, seconds=4 (timed per measurement)
+    compile_workers=1 more: first compiles everything, so many processes side by side
     timeout_s=180     after which a measurement is ended; its log holds the stacks
     profile=false     also write the kernels of one step by time to out/profiles
     device=auto, out=runs/throughput
@@ -33,7 +34,7 @@ from pathlib import Path
 from evals.plots import to_png
 from evals.throughput import report
 from evals.throughput.machine import describe_machine
-from evals.throughput.processes import Result, result_of
+from evals.throughput.processes import Result, compile_all, result_of
 from evals.throughput.settings import LOOPS, PEERS, PRECISIONS, Measurement
 from pretrain.command_line import choose_device, numbers, parse
 
@@ -57,6 +58,7 @@ class ThroughputArguments:
     residual_in_fp32: bool = True
     vocab_size: int = 32128
     seconds: float = 4.0
+    compile_workers: int = 1
     timeout_s: float = 180.0
     profile: bool = False
     device: str = "auto"
@@ -77,6 +79,9 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     out_dir = Path(arguments.out)
     print(machine.describe(), flush=True)
+    if arguments.compile_workers > 1:
+        every = [measurement for sizes in groups for measurement in sizes]
+        compile_all(every, out_dir, machine, arguments.timeout_s, arguments.compile_workers)
     results: list[Result] = []
     for sizes in groups:
         for measurement in sizes:
@@ -135,6 +140,8 @@ def plan(arguments: ThroughputArguments) -> list[list[Measurement]]:
         problems.append("lengths= must be at least 1, vocab_size= at least 2")
     if not min(arguments.seconds, arguments.timeout_s) > 0:
         problems.append("seconds= and timeout_s= must be greater than 0")
+    if arguments.compile_workers < 1:
+        problems.append("compile_workers=0: must be at least 1")
     if arguments.tokens != "auto" and numbers("tokens", arguments.tokens) == [0]:
         problems.append("tokens=0: must be at least 1, or auto")
     if problems:

@@ -69,17 +69,23 @@ def run_loop(measurement: Measurement, clock: StepClock, say: Say) -> dict[str, 
         return loops[measurement.loop](measurement, clock, say, Path(folder) / "run")
 
 
+def build(m: Measurement, config: RunConfig, device: torch.device, say: Say) -> Candidate:
+    """The model, its blocks compiled and checked."""
+    say("building")
+    kind: Callable[..., Candidate] = Peer if m.is_peer else LongspanModel
+    candidate = kind(m, config, device)
+    if m.compile:
+        say("compiling, and comparing compiled blocks with eager ones")
+        with _precision(m, config, device):
+            candidate.compile()
+    return candidate
+
+
 def plain(m: Measurement, clock: StepClock, say: Say, run_dir: Path) -> dict[str, float]:
     """Nothing but torch."""
     config = m.config(run_dir)
-    say("building")
-    kind: Callable[..., Candidate] = Peer if m.is_peer else LongspanModel
-    candidate = kind(m, config, clock.device)
+    candidate = build(m, config, clock.device, say)
     module = candidate.module
-    if m.compile:
-        say("compiling, and comparing compiled blocks with eager ones")
-        with _precision(m, config, clock.device):
-            candidate.compile()
     groups = parameter_groups(module, config.optim)
     optimizer = torch.optim.AdamW(
         groups, betas=config.optim.betas, eps=config.optim.eps, fused=True

@@ -2,6 +2,9 @@
 
 A result is used again where everything it depends on is the same (`Measurement.identity`), whether
 it is a number or "out of memory". What hung, crashed or was not installed is tried anew.
+
+Compiling takes most of the time and no GPU to speak of: beforehand, several processes side by side
+may fill torch's cache on disk, in which the measurements then find their blocks.
 """
 
 import contextlib
@@ -12,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +41,7 @@ def result_of(m: Measurement, out_dir: Path, machine: Machine, timeout_seconds: 
         `worker.measure` returns.
     """
     identity = m.identity(machine.device)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    name = f"{m.name}-{m.loop}-{m.length}x{m.batch_size}-{digest}"
-    path = out_dir / "measurements" / f"{name}.json"
+    path = _path(m, out_dir, machine)
     title = f"{m.name}, {m.loop}, {m.batch_size} x {m.length:,} tokens, {m.precision}"
     if path.exists():
         print(f"{title}: measured before", flush=True)
@@ -52,17 +55,71 @@ def result_of(m: Measurement, out_dir: Path, machine: Machine, timeout_seconds: 
         "machine": asdict(machine),
         "identity": identity,
     }
-    result |= _run(m, path, timeout_seconds)
+    result |= _run(m, path, timeout_seconds, lambda line: print(f"  {line}", flush=True))
     if result["status"] in LASTING:
         write_json(path, result)
     print(f"  {result['status']}", flush=True)
     return result
 
 
-def _run(m: Measurement, path: Path, timeout_seconds: float) -> Result:
-    """Runs the worker, shows its phases, and ends it and its children when its time is over."""
+def compile_all(
+    measurements: Iterable[Measurement],
+    out_dir: Path,
+    machine: Machine,
+    timeout_seconds: float,
+    workers: int,
+) -> None:
+    """Compiles what is not measured yet, each kind of block once, `workers` processes at a time.
+
+    What goes wrong here goes wrong again in the measurement, which says so.
+    """
+    # Loops differ in nothing that is compiled; a plain one needs no process group.
+    wanted = dict.fromkeys(
+        replace(m, loop="plain", profile="")
+        for m in measurements
+        if m.compile and not _path(m, out_dir, machine).exists()
+    )
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+
+    def compile_one(m: Measurement) -> str:
+        path = out_dir / "compiled" / _path(m, out_dir, machine).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = _run(m, path, timeout_seconds, lambda line: None, compile_threads=threads)
+        took = f"{result['ready_seconds']:.0f} s" if "ready_seconds" in result else result["status"]
+        return f"{m.name}, {m.batch_size} x {m.length:,} tokens: {took}"
+
+    print(f"compiling {len(wanted)} models, {workers} at a time", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        for line in pool.map(compile_one, wanted):
+            print(f"  {line}", flush=True)
+
+
+def _path(m: Measurement, out_dir: Path, machine: Machine) -> Path:
+    identity = json.dumps(m.identity(machine.device), sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    name = f"{m.name}-{m.loop}-{m.length}x{m.batch_size}-{digest}"
+    return out_dir / "measurements" / f"{name}.json"
+
+
+def _run(
+    m: Measurement,
+    path: Path,
+    timeout_seconds: float,
+    show: Callable[[str], None],
+    *,
+    compile_threads: str = "",
+) -> Result:
+    """Runs the worker, shows its phases, and ends it and its children when its time is over; with
+    `compile_threads` it measures nothing and compiles with so many."""
     job, answer, log = (path.with_suffix(suffix) for suffix in (".job", ".answer", ".log"))
-    write_json(job, {"settings": asdict(m), "timeout_seconds": timeout_seconds})
+    write_json(
+        job,
+        {
+            "settings": asdict(m),
+            "timeout_seconds": timeout_seconds,
+            "compile_only": bool(compile_threads),
+        },
+    )
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "evals.throughput.worker", str(job), str(answer)]
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
@@ -71,6 +128,8 @@ def _run(m: Measurement, path: Path, timeout_seconds: float) -> Result:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
+    if compile_threads:
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = compile_threads
     deadline, shown, phase = time.monotonic() + timeout_seconds, 0, "starting"
     # Output goes to a file: a pipe stays open as long as a compiler's process lives on.
     with open(log, "wb") as file:
@@ -84,7 +143,7 @@ def _run(m: Measurement, path: Path, timeout_seconds: float) -> Result:
             lines = [line for line in _lines(log) if line.startswith(PHASE)]
             for line in lines[shown:]:
                 phase = line.removeprefix(PHASE).split("s  ", 1)[1]
-                print(f"  {line.removeprefix(PHASE).strip()}", flush=True)
+                show(line.removeprefix(PHASE).strip())
             shown = len(lines)
             time.sleep(POLL_SECONDS if running else 0)
         code = process.poll()

@@ -22,20 +22,24 @@ def say(text: str) -> None:
     print(f"{PHASE} {time.perf_counter() - BEGAN:7.1f} s  {text}", flush=True)
 
 
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
+def measure(settings: dict[str, Any], *, compile_only: bool = False) -> dict[str, Any]:
     """Measures; what goes wrong is in `status`, else "ok".
 
     Args:
         settings: the fields of `Measurement`.
+        compile_only: end where the first step would begin; what is compiled stays in torch's cache.
     """
     say("importing")
     import torch
 
     from evals.throughput.clock import StepClock
-    from evals.throughput.loops import CheckFailed, run_loop
+    from evals.throughput.loops import CheckFailed, build, run_loop
     from evals.throughput.settings import Measurement
 
     m = Measurement(**settings)
+    if compile_only:
+        build(m, m.config(), torch.device(m.device), say)
+        return {"status": "ok", "ready_seconds": time.perf_counter() - BEGAN}
     clock = StepClock(torch.device(m.device), m.seconds, say, m.profile)
     try:
         facts = run_loop(m, clock, say)
@@ -60,7 +64,7 @@ def main(arguments: list[str]) -> None:
     """Reads the settings, writes the result."""
     job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     faulthandler.dump_traceback_later(0.9 * job["timeout_seconds"])
-    result = measure(job["settings"])
+    result = measure(job["settings"], compile_only=job["compile_only"])
     Path(arguments[1]).write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)  # threads of compilers and of NCCL have nothing left to do; see engine.leave

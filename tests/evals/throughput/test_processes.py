@@ -1,6 +1,8 @@
 """Measurements are kept, and one that hangs or crashes is a row like any other."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,23 @@ def test_what_hangs_is_ended_and_tried_again(
     assert "0.1 s  choosing kernels" in capfd.readouterr().out
     worker(tmp_path, monkeypatch, ANSWER.replace("STATUS", "ok"))
     assert processes.result_of(m, tmp_path, MACHINE, 10)["status"] == "ok"
+
+
+def test_each_kind_is_compiled_once_before_and_what_is_measured_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    note = f"cat $3 >> {tmp_path}/jobs; echo >> {tmp_path}/jobs; "
+    worker(tmp_path, monkeypatch, note + """echo '{"status": "ok", "ready_seconds": 7}' > $4""")
+    short, long = (measurement(tmp_path, compile=True, length=length) for length in (32, 64))
+    eager = measurement(tmp_path, length=16)
+    processes.result_of(long, tmp_path, MACHINE, 10)
+    (tmp_path / "jobs").unlink()
+    every = [short, replace(short, loop="trainer"), long, eager]
+    processes.compile_all(every, tmp_path, MACHINE, 10, workers=2)
+    (job,) = map(json.loads, (tmp_path / "jobs").read_text().split("\n\n")[:-1])
+    assert (job["settings"]["length"], job["compile_only"]) == (32, True)
+    assert "tiny, 2 x 32 tokens: 7 s" in capfd.readouterr().out
+    assert len([*(tmp_path / "measurements").glob("*.json")]) == 1  # nothing counts as measured
 
 
 def test_what_crashes_says_where_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
