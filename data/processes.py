@@ -74,13 +74,20 @@ def map_processes(
     return [future.result() for future in futures]
 
 
-def _start_worker(start: Callable[..., None] | None, start_args: tuple[Any, ...]) -> None:
-    def leave_with_parent() -> None:  # A killed parent would leave its workers waiting for ever.
-        parent = multiprocessing.parent_process()
-        assert parent is not None
+def leave_with_parent() -> None:
+    """For a worker process to call first. A killed parent, whose locks are free, would leave it
+    working beside whoever comes next, and then waiting for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_its_end() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=wait_for_its_end, daemon=True).start()
+
+
+def _start_worker(start: Callable[..., None] | None, start_args: tuple[Any, ...]) -> None:
+    leave_with_parent()
     if start:
         start(*start_args)

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data.folder_lock import lock_folder
+from data.processes import leave_with_parent
 from pretrain.training.environment import git_commit, visible_gpus
 
 Result = dict[str, Any]
@@ -84,7 +85,7 @@ def _run_all(experiment: Experiment, out_dir: Path, workers: int) -> list[Result
     n_workers = min(workers, len(searches))
     for gpu in itertools.islice(itertools.cycle(visible_gpus()), n_workers):
         gpus.put(gpu)
-    pool = ProcessPoolExecutor(n_workers, context, _take_gpu, (gpus,))
+    pool = ProcessPoolExecutor(n_workers, context, _start_worker, (gpus,))
     try:
         futures = [pool.submit(search, experiment, row, seed, out_dir) for row, seed in searches]
         done = as_completed(futures)
@@ -97,8 +98,10 @@ def _run_all(experiment: Experiment, out_dir: Path, workers: int) -> list[Result
     return results
 
 
-def _take_gpu(gpus: "SimpleQueue[str]") -> None:
-    """Gives a worker, which has not used CUDA yet, the next of the GPUs if there are any."""
+def _start_worker(gpus: "SimpleQueue[str]") -> None:
+    """Ties a worker to its parent's life and gives it, which has not used CUDA yet, the next of the
+    GPUs if there are any."""
+    leave_with_parent()
     if not gpus.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 

@@ -36,7 +36,7 @@ evaluate() {
 }
 export -f evaluate
 printf '%s\0' "$COMPARE"/*_seed[0-9] |
-  xargs -0 -P "$WORKERS" --process-slot-var=SLOT -I RUN bash -c 'evaluate RUN'
+  xargs -0 -n 1 -P "$WORKERS" --process-slot-var=SLOT bash -c 'evaluate "$1"' _
 
 say "4/4 comparing: the first row, windows only, is what plots are drawn against"
 runs=()

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from data.folder_lock import lock_folder
 from evals.downstream import outputs, report
 from evals.downstream.baselines import baselines
 from evals.downstream.metrics import combine, contributions
@@ -194,19 +195,23 @@ def finetune(words: list[str]) -> None:
         truncate=arguments.truncate,
     )
     options = _train_options(arguments, len(splits.train))
-    _check_settings(out, arguments, task, labels, start, precision)
-    print(data.describe(model), flush=True)
-    for test, examples in splits.tests.items():
-        for name, texts in baselines(task.kind, splits.train, examples).items():
-            outputs.write(out / "baselines" / name, test, texts, examples)
-    for seed in range(arguments.seeds):
-        folder = out / f"seed_{seed}"
-        if not (folder / outputs.RESULT).exists():
+    taken = ValueError(
+        f"out={out}: another fine-tuning is writing there; wait for it, or choose another out="
+    )
+    with lock_folder(out, taken):
+        _check_settings(out, arguments, task, labels, start, precision)
+        print(data.describe(model), flush=True)
+        for test, examples in splits.tests.items():
+            for name, texts in baselines(task.kind, splits.train, examples).items():
+                outputs.write(out / "baselines" / name, test, texts, examples)
+        for seed in range(arguments.seeds):
+            folder = out / f"seed_{seed}"
+            if (folder / outputs.RESULT).exists():
+                continue
             model = build(seed)
             _one_seed(model, seed, folder, data, splits, task, labels, options, arguments, start)
-    command = shlex.join(["launch/finetune.py", *words])
-    print(f"\n{command}\n")
-    show([out], TableArguments(out=str(out)))
+        print(f"\n{shlex.join(['launch/finetune.py', *words])}\n")
+        show([out], TableArguments(out=str(out)))
 
 
 def _check_head(arguments: FinetuneArguments, task: Task) -> None:
@@ -282,7 +287,6 @@ def _check_settings(
         "model": start.facts,
     }
     settings = json.loads(json.dumps(settings))
-    out.mkdir(parents=True, exist_ok=True)
     if not (out / outputs.SETTINGS).exists():
         write_json(out / outputs.SETTINGS, settings)
         return

@@ -12,9 +12,13 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from data.folder_lock import lock_folder
+from data.processes import leave_with_parent
 from evals.lra.examples import Examples
+from pretrain.training.manifest import write_json
 
 SPLITS = ("train", "validation", "test")
+RECORD = "data.json"
 _CHUNK = 500  # examples from one state of a random generator
 
 
@@ -57,35 +61,47 @@ def prepare(
         SHA-256 of each split, as `data.json` has them.
 
     Raises:
-        ValueError: the folder holds other data; an importer without a source.
+        ValueError: the folder holds other data, or another command is filling it; an importer
+            without a source.
     """
     generated = hasattr(task, "sample")
     wanted: dict[str, Any] = {"task": type(task).__name__, **asdict(task), "seed": seed}
     if generated:
         wanted |= {"sizes": list(sizes)}
     wanted = json.loads(json.dumps(wanted))
-    record = folder / "data.json"
-    if record.exists():
-        content = json.loads(record.read_text(encoding="utf-8"))
-        if content["settings"] != wanted:
-            raise ValueError(
-                f"data={folder} holds {content['settings']} and not {wanted}: use another data= or "
-                f"delete it"
-            )
-        return content["sha256"]
-    if generated:
-        splits = generate(task, sizes, seed, workers)  # type: ignore[arg-type]
-    elif source is None:
-        raise ValueError(f"source= is missing: the folder of the published {wanted['task']} files")
-    else:
-        splits = task.read(source, seed)  # type: ignore[union-attr]
-    hashes = {}
-    for split, examples in splits.items():
-        examples.save(folder / split)
-        hashes[split] = hashlib.sha256(b"".join(part.tobytes() for part in examples)).hexdigest()
-    content = {"settings": wanted, "sha256": hashes}
-    record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return hashes
+    if not (folder / RECORD).exists():
+        taken = ValueError(f"data={folder}: another command is filling it; wait for it")
+        with lock_folder(folder, taken):
+            if not (folder / RECORD).exists():  # it may have come meanwhile, with its readers
+                hashes = {}
+                for split, examples in _make(task, sizes, seed, source, workers).items():
+                    examples.save(folder / split)
+                    content = b"".join(part.tobytes() for part in examples)
+                    hashes[split] = hashlib.sha256(content).hexdigest()
+                write_json(folder / RECORD, {"settings": wanted, "sha256": hashes})
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if record["settings"] != wanted:
+        raise ValueError(
+            f"data={folder} holds {record['settings']} and not {wanted}: use another data= or "
+            f"delete it"
+        )
+    return record["sha256"]
+
+
+def _make(
+    task: Generator | Importer,
+    sizes: tuple[int, ...],
+    seed: int,
+    source: Path | None,
+    workers: int,
+) -> dict[str, Examples]:
+    if hasattr(task, "sample"):
+        return generate(task, sizes, seed, workers)  # type: ignore[arg-type]
+    if source is None:
+        raise ValueError(
+            f"source= is missing: the folder of the published {type(task).__name__} files"
+        )
+    return task.read(source, seed)
 
 
 def generate(
@@ -94,7 +110,7 @@ def generate(
     """Splits of the given sizes in which no example comes twice, nor in two of them."""
     splits: dict[str, Examples] = {}
     seen: set[bytes] = set()
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), leave_with_parent) as pool:
         for index, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
             parts: list[Examples] = []
             missing, chunk = size, 0

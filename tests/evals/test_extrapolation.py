@@ -206,7 +206,10 @@ def tiny_model(layers):
         d_model=16,
         n_layers=len(layers),
         layers=LayersConfig(pattern=layers),
-        mixers={"swa": {"n_heads": 2, "window_size": 8}},
+        mixers={
+            "swa": {"n_heads": 2, "window_size": 8},
+            "bst": {"n_heads": 2, "block_size": 16, "n_modes": 4, "chunk_size": 16},
+        },
         init_std=0.3,
     )
     return LanguageModel(config)
@@ -272,6 +275,15 @@ def test_a_false_claim_of_a_constant_state_fails_and_leaves_no_report(tmp_path):
     with pytest.raises(GateFailure, match="constant_state"):
         run(model, DOCUMENTS, tmp_path, replace(OPTIONS, concat_tokens=256, stream_tokens=64))
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(("segment_tokens", "concat_tokens"), [(16, 1000), (20, 1000), (16, 40)])
+def test_a_part_of_a_block_in_a_state_is_no_growth(tmp_path, segment_tokens, concat_tokens):
+    """Keys and values of a block are held until it is whole: segments end anywhere in one."""
+    model = LanguageModelScorer(tiny_model(["bst"]), torch.device("cpu"))
+    options = replace(OPTIONS, segment_tokens=segment_tokens, concat_tokens=concat_tokens)
+    gates = {gate["name"]: gate for gate in run(model, DOCUMENTS, tmp_path, options)["gates"]}
+    assert gates["constant_state"]["passed"]
 
 
 def test_a_failed_gate_takes_earlier_results_away(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from data.folder_lock import lock_folder
 from evals.downstream import outputs
 from launch import finetune
 
@@ -278,6 +279,13 @@ def test_a_folder_from_before_a_key_goes_on_with_its_default(words, tmp_path, ca
     (tmp_path / "out/settings.json").write_text(json.dumps(settings))
     assert run(words, seeds="2") == 0
     assert "(head was 'text', is 'classifier')" in complaint(capsys, words, head="classifier")
+
+
+def test_two_fine_tunings_of_one_folder_exclude_each_other(words, tmp_path, capsys):
+    with lock_folder(tmp_path / "out", AssertionError()):
+        told = complaint(capsys, words)
+    assert "out=out: another fine-tuning is writing there; wait for it" in told
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_keeps_its_labels(words, tmp_path, capsys):

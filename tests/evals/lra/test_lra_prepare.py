@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from data.folder_lock import lock_folder
 from evals.lra.examples import Examples
 from evals.lra.files import Text
 from evals.lra.listops import ListOps
@@ -64,6 +65,17 @@ def test_a_folder_is_filled_once_and_refuses_other_settings(tmp_path, monkeypatc
     assert prepare(TINY, tmp_path, **given) == hashes
     with pytest.raises(ValueError, match=r"holds .*'seed': 0.* and not .*'seed': 1"):
         prepare(TINY, tmp_path, **(given | {"seed": 1}))
+
+
+def test_a_folder_that_another_command_fills_is_left_alone_until_it_is_full(tmp_path):
+    given = {"sizes": SIZES, "seed": 0, "source": None, "workers": 1}
+    with lock_folder(tmp_path, AssertionError()):
+        with pytest.raises(ValueError, match="another command is filling it; wait for it"):
+            prepare(TINY, tmp_path, **given)
+        assert not list(tmp_path.iterdir())
+    hashes = prepare(TINY, tmp_path, **given)
+    with lock_folder(tmp_path, AssertionError()):  # reading needs no lock
+        assert prepare(TINY, tmp_path, **given) == hashes
 
 
 def test_published_data_need_a_source(tmp_path):

@@ -91,9 +91,10 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, monkeypatch):
         trainings.run_all(changed, tmp_path, workers=1)
 
 
-def test_workers_are_spread_over_the_gpus(tmp_path, monkeypatch):
+def test_workers_are_spread_over_the_gpus_and_end_with_their_parent(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    handed = []
+    handed, tied = [], []
+    monkeypatch.setattr(trainings, "leave_with_parent", lambda: tied.append(True))
 
     class Pool:
         def __init__(self, n_workers, context, initializer, arguments):
@@ -113,6 +114,7 @@ def test_workers_are_spread_over_the_gpus(tmp_path, monkeypatch):
         with pytest.raises(InterruptedError):
             trainings.run_all(experiment(seeds=(0, 1, 2)), tmp_path, workers)
     assert handed == ["3", "5", "3", "5", "3"]
+    assert len(tied) == 5
 
 
 def records(accuracy):
