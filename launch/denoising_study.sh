@@ -18,14 +18,19 @@ CORPUS=${CORPUS:-corpora/denoising_study}
 GPUS=$(python -c 'from pretrain.training.environment import visible_gpus; print(*visible_gpus())')
 export GPUS
 
-JOBS=()
+JOBS=() MISSING=""
 for task in ${TASKS:-sumpubmed_sample movie_reviews scitldr_a banking77 sentence_polarity}; do
+  [ -d "$CORPORA/$task" ] || MISSING+=" $task"
   case $task in
     banking77 | sentence_polarity) rows="spade spade_random" ;; # short inputs: one encoder
     *) rows="full local spade spade_random" ;;
   esac
   for row in $rows; do JOBS+=("$task $row"); done
 done
+if [ -n "$MISSING" ]; then # now, not after the pretraining
+  echo "error: CORPORA=$CORPORA has no folder of:$MISSING; add them, or name the others in TASKS=" >&2
+  exit 2
+fi
 
 say() { printf '\n== %s  [%d s]\n' "$*" "$SECONDS"; }
 
