@@ -42,7 +42,12 @@ from pretrain.config_problems import launcher_world_size
 from pretrain.finetuning.classifier import LabelClassifier
 from pretrain.finetuning.generation import GenerationOptions, generate
 from pretrain.finetuning.interface import PairModel
-from pretrain.finetuning.starting_point import StartingPoint, from_run, untrained
+from pretrain.finetuning.starting_point import (
+    StartingPoint,
+    from_run,
+    untrained,
+    with_defaults,
+)
 from pretrain.finetuning.train import TrainOptions, train
 from pretrain.training.environment import git_commit
 from pretrain.training.manifest import CheckpointError, write_json
@@ -293,6 +298,7 @@ def _check_settings(
     before = outputs.read_settings(out)
     # A key that came later had its default before it came.
     before["arguments"] = {f.name: f.default for f in fields(arguments)} | before["arguments"]
+    before["model"]["config"] = with_defaults(before["model"]["config"])
     changed = {
         key: f"{key} was {before[part].get(key)!r}, is {value!r}"
         for part in ("model", "task", "arguments")

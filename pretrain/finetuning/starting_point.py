@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -143,6 +143,12 @@ def _starting_point(
         "config": OmegaConf.to_container(OmegaConf.structured(config)),
     }
     return StartingPoint(config, weights, tokenizer, start, facts)
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """The `config` of an earlier `facts`; keys that models did not have then have their default."""
+    known = OmegaConf.merge(OmegaConf.structured(LanguageModelConfig), config)
+    return cast(dict[str, Any], OmegaConf.to_container(known))
 
 
 def _tokenizer_of(run: Path, config: RunConfig) -> Tokenizer:

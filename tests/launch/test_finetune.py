@@ -276,6 +276,7 @@ def test_a_folder_from_before_a_key_goes_on_with_its_default(words, tmp_path, ca
     assert run(words) == 0
     settings = outputs.read_settings(tmp_path / "out")
     del settings["arguments"]["head"]
+    del settings["model"]["config"]["residual_in_fp32"]
     (tmp_path / "out/settings.json").write_text(json.dumps(settings))
     assert run(words, seeds="2") == 0
     assert "(head was 'text', is 'classifier')" in complaint(capsys, words, head="classifier")
