@@ -24,6 +24,11 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(tokens), torch.from_numpy(np.arange(width) < lengths[:, None])
 
 
+def longest_row(limit: int) -> int:
+    """Tokens of the longest row that `padded` makes no longer than a model's limit."""
+    return limit // PAD_MULTIPLE * PAD_MULTIPLE
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor there; the host does not wait for the copy."""
     if device.type == "cuda":

@@ -112,8 +112,9 @@ def test_a_long_input_is_read_in_parts_with_the_same_result(monkeypatch):
     assert list(whole[0]) == list(parts[0])
 
 
-def test_layers_without_a_state_are_read_again_and_bound_the_input():
-    options = {"bst": MIXERS["bst"] | {"filters": "unstructured", "train_length": 32}}
+@pytest.mark.parametrize("bound", [32, 40])  # of 40, which padding never meets, 32 are left
+def test_layers_without_a_state_are_read_again_and_bound_the_input(bound):
+    options = {"bst": MIXERS["bst"] | {"filters": "unstructured", "train_length": bound}}
     language = language_model("bst", options=options)
     model = prompted(language, BOS_ID)
     assert isinstance(model, RereadingLanguageModel)
