@@ -70,11 +70,20 @@ def prepare(
         wanted |= {"sizes": list(sizes)}
     wanted = json.loads(json.dumps(wanted))
     if not (folder / RECORD).exists():
+        if not generated and source is None:
+            raise ValueError(
+                f"source= is missing: the folder of the published {wanted['task']} files"
+            )
         taken = ValueError(f"data={folder}: another command is filling it; wait for it")
         with lock_folder(folder, taken):
             if not (folder / RECORD).exists():  # it may have come meanwhile, with its readers
+                splits = (
+                    generate(task, sizes, seed, workers)  # type: ignore[arg-type]
+                    if generated
+                    else task.read(source, seed)  # type: ignore[arg-type,union-attr]
+                )
                 hashes = {}
-                for split, examples in _make(task, sizes, seed, source, workers).items():
+                for split, examples in splits.items():
                     examples.save(folder / split)
                     content = b"".join(part.tobytes() for part in examples)
                     hashes[split] = hashlib.sha256(content).hexdigest()
@@ -86,22 +95,6 @@ def prepare(
             f"delete it"
         )
     return record["sha256"]
-
-
-def _make(
-    task: Generator | Importer,
-    sizes: tuple[int, ...],
-    seed: int,
-    source: Path | None,
-    workers: int,
-) -> dict[str, Examples]:
-    if hasattr(task, "sample"):
-        return generate(task, sizes, seed, workers)  # type: ignore[arg-type]
-    if source is None:
-        raise ValueError(
-            f"source= is missing: the folder of the published {type(task).__name__} files"
-        )
-    return task.read(source, seed)
 
 
 def generate(
