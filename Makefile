@@ -36,7 +36,7 @@ denoising-study: $(VENV)/ready
 	@$(RUN) launch/denoising_study.sh
 
 test: lint
-	@$(RUN) OMP_NUM_THREADS=1 pytest
+	@$(RUN) OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadscope
 
 test-slow: $(VENV)/ready
 	@$(RUN) OMP_NUM_THREADS=1 pytest -m "slow and not gpu and not browser" --timeout=3600
