@@ -1,5 +1,7 @@
 """What a fine-tuning starts from: a trained run, or a model that has seen nothing."""
 
+import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -146,9 +148,17 @@ def _starting_point(
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """The `config` of an earlier `facts`; keys that models did not have then have their default."""
+    """The `config` of an earlier `facts`; keys that models did not have then have their default.
+
+    Args:
+        config: as read from JSON, whose keys are text, layer indices too; so is what is returned.
+    """
+    config = copy.deepcopy(config)
+    for stack in (config, config.get("encoder", {})):
+        layers = stack.get("layers", {})
+        layers["at"] = {int(index): name for index, name in layers.get("at", {}).items()}
     known = OmegaConf.merge(OmegaConf.structured(LanguageModelConfig), config)
-    return cast(dict[str, Any], OmegaConf.to_container(known))
+    return cast(dict[str, Any], json.loads(json.dumps(OmegaConf.to_container(known))))
 
 
 def _tokenizer_of(run: Path, config: RunConfig) -> Tokenizer:
