@@ -282,6 +282,23 @@ def test_a_folder_from_before_a_key_goes_on_with_its_default(words, tmp_path, ca
     assert "(head was 'text', is 'classifier')" in complaint(capsys, words, head="classifier")
 
 
+@pytest.mark.parametrize("model", ["tiny.yaml", "both.yaml"])
+def test_a_folder_of_a_model_with_a_layer_unlike_the_others_takes_more_seeds(
+    model, words, tmp_path, capsys
+):
+    (tmp_path / "both.yaml").write_text(ENCODER_DECODER)
+    text = (tmp_path / model).read_text()
+    mixers = "swa: {n_heads: 2, window_size: 16}"
+    text = text.replace("default: swa", "default: swa, at: {0: attention}")
+    text = text.replace(mixers, f"{mixers}, attention: {{n_heads: 2}}")
+    (tmp_path / model).write_text(text)
+    assert run(words, model=model) == 0
+    assert run(words, model=model, seeds="2") == 0
+    assert (tmp_path / "out/seed_1/result.json").exists()
+    (tmp_path / model).write_text(text.replace("0: attention", "0: swa"))
+    assert "another model configuration" in complaint(capsys, words, model=model)
+
+
 def test_two_fine_tunings_of_one_folder_exclude_each_other(words, tmp_path, capsys):
     with lock_folder(tmp_path / "out", AssertionError()):
         told = complaint(capsys, words)
