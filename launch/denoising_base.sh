@@ -13,6 +13,7 @@ failed=0
 python launch/prepare.py data=books_denoising n_sentinels=1024 out=corpora/books_denoising_16k
 python launch/sweep.py sweep=denoising_base workers=$((GPUS > 0 ? GPUS : 1)) out_dir="$DENOISING" "$@" ||
   failed=$?
+[ $failed -ne 75 ] || exit 75 # stopped: the table is made when the same command has gone on
 python launch/evaluate.py costs \
   "$DENOISING"/{spade_t5_base,t5_base}_seq_len512 "$DENOISING"/{spade_t5_base,t5_base}_seq_len4096 \
   "$DENOISING"/spade_t5_base_seq_len16384 out="${DENOISING}_costs"
