@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export CORPORA=${CORPORA:?the folder of books_large/ and of the tasks is missing: CORPORA=FOLDER}
 export STUDY=${STUDY:-runs/denoising_study} FINETUNE=${FINETUNE:-} OMP_NUM_THREADS=1
-WORKERS=${WORKERS:-32} SEEDS=${SEEDS:-3} RATES=${RATES:-3e-4 1e-3}
+WORKERS=${WORKERS:-32} SEEDS=${SEEDS:-3} RATES=${RATES:-3e-4 1e-3 3e-3}
 CORPUS=${CORPUS:-corpora/denoising_study}
 GPUS=$(python -c 'from pretrain.training.environment import visible_gpus; print(*visible_gpus())')
 export GPUS
@@ -50,10 +50,10 @@ finetune() { # TASK ROW RATE SEEDS: into $STUDY/TASK/rate_RATE/ROW, unless its l
     movie_reviews) words="batch_size=16 epochs=6 lanes=32" ;;
     scitldr_a)
       words="batch_size=32 epochs=8 check_every=124 validation_examples=200 lanes=128
-             max_target_tokens=128 truncate=true" ;;
+             max_target_tokens=128 truncate=true no_repeat_ngram_size=3" ;;
     sumpubmed_sample)
       words="batch_size=16 epochs=6 check_every=120 lanes=80
-             max_input_tokens=4096 max_target_tokens=512 truncate=true" ;;
+             max_input_tokens=4096 max_target_tokens=512 truncate=true no_repeat_ngram_size=3" ;;
   esac
   if [ -n "$GPUS" ]; then # one of them, by the place of this process among those that run
     # shellcheck disable=SC2086

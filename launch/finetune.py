@@ -95,6 +95,7 @@ class FinetuneArguments:
     warmup_fraction: float = 0.05
     beams: int = 1  # of the tests; validation is greedy
     length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0  # tokens in a row that no answer has twice; 0: no limit
     lanes: int = 64  # texts written side by side
     precision: str = ""  # bf16 (autocast) | fp32; default: bf16 on a GPU
     device: str = "auto"
@@ -229,7 +230,7 @@ def _check_head(arguments: FinetuneArguments, task: Task) -> None:
             f"head=classifier: task={task.name} is a {task.kind} ({', '.join(task.metrics)}), "
             f"whose answers are no closed set of labels; leave head= out"
         )
-    for key in ("beams", "max_target_tokens"):
+    for key in ("beams", "max_target_tokens", "no_repeat_ngram_size"):
         if getattr(arguments, key) != getattr(FinetuneArguments, key):
             raise ValueError(f"{key}= is of answers that are written; leave it or head= out")
 
@@ -348,7 +349,11 @@ def _one_seed(
 ) -> None:
     """Trains, keeps the best weights, answers the tests."""
     folder.mkdir(parents=True, exist_ok=True)
-    greedy = GenerationOptions(max_tokens=data.target_tokens + 1, lanes=arguments.lanes)
+    greedy = GenerationOptions(
+        max_tokens=data.target_tokens + 1,
+        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        lanes=arguments.lanes,
+    )
 
     def answer(inputs: Sequence[Any], how: GenerationOptions) -> list[str]:
         if isinstance(model, LabelClassifier):

@@ -26,12 +26,14 @@ class GenerationOptions:
         max_tokens: longest text, EOS included.
         beams: K; 1 is greedy.
         length_penalty: exponent of the length; 0 favours short texts, 1 is the mean.
+        no_repeat_ngram_size: tokens in a row that no text has twice; 0: any may come again.
         lanes: texts that are written side by side, beams counted.
     """
 
     max_tokens: int
     beams: int = 1
     length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     lanes: int = 64
 
     def __post_init__(self) -> None:
@@ -42,6 +44,11 @@ class GenerationOptions:
             raise ValueError(f"lanes={self.lanes}: one example needs beams={self.beams}; raise it")
         if self.length_penalty < 0:
             raise ValueError(f"length_penalty={self.length_penalty:g} must not be negative")
+        if self.no_repeat_ngram_size < 0:
+            raise ValueError(
+                f"no_repeat_ngram_size={self.no_repeat_ngram_size} must not be negative; 0 allows "
+                f"repeats"
+            )
 
 
 @torch.inference_mode()
@@ -75,15 +82,16 @@ def _greedy(
     state = model.start(inputs)
     token = torch.full((len(inputs),), model.first_token, device=model.device)
     done = torch.zeros_like(token, dtype=torch.bool)
-    text = []
+    text = token.new_zeros(len(inputs), 0)
     for _ in range(options.max_tokens):
         logits, state = model.step(token, state)
+        logits = _without_repeats(logits, text, options.no_repeat_ngram_size)
         token = logits.argmax(-1).masked_fill(done, EOS_ID)
-        text.append(token)
+        text = torch.cat([text, token.unsqueeze(1)], 1)
         done |= token == EOS_ID
         if bool(done.all()):
             break
-    return [_until_eos(row) for row in torch.stack(text, 1).cpu().numpy()]
+    return [_until_eos(row) for row in text.cpu().numpy()]
 
 
 def _beam_search(
@@ -101,7 +109,9 @@ def _beam_search(
     best: list[np.ndarray] = [np.zeros(0, np.int64)] * n
     for length in range(1, options.max_tokens + 1):
         logits, state = model.step(token, state)
-        log_probs = logits.log_softmax(-1).view(n, beams, -1)
+        log_probs = _without_repeats(
+            logits.log_softmax(-1), text.flatten(0, 1), options.no_repeat_ngram_size
+        ).view(n, beams, -1)
         continued = (scores.unsqueeze(-1) + log_probs).flatten(1)
         # Of 2 K continuations at most K end here: K are left.
         kept, index = continued.topk(min(2 * beams, continued.shape[1]))
@@ -123,6 +133,18 @@ def _beam_search(
         state = model.select(state, (first_lanes + beam).flatten())
         token = token.flatten()
     return [_until_eos(row) for row in best]
+
+
+def _without_repeats(scores: Tensor, text: Tensor, size: int) -> Tensor:
+    """scores (lanes, V) of what comes behind text (lanes, n), -inf where `size` tokens in a row
+    would come again. An EOS never would: nothing comes behind one."""
+    if size == 0 or text.shape[1] < size:
+        return scores
+    last = text[:, text.shape[1] - size + 1 :]  # (lanes, size - 1)
+    before = text.unfold(1, size, 1)  # (lanes, n - size + 1, size)
+    came = (before[..., :-1] == last.unsqueeze(1)).all(-1)
+    times = torch.zeros_like(scores).scatter_add_(1, before[..., -1], came.to(scores.dtype))
+    return scores.masked_fill(times > 0, -torch.inf)
 
 
 def _of_beams(text: Tensor, beam: Tensor) -> Tensor:

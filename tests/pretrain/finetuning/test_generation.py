@@ -1,6 +1,7 @@
 """Beams find what trying every text finds; greedy is one beam; nobody minds the company."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,13 +47,13 @@ def score(one, text, penalty):
     return total / len(text) ** penalty
 
 
-def by_force(one, penalty):
-    """The best text of all."""
+def by_force(one, penalty, allowed=lambda text: True):
+    """The best text of all that are allowed."""
     others = [token for token in range(VOCAB) if token != EOS_ID]
     texts = [
         [*body, EOS_ID] for n in range(MAX) for body in itertools.product(others, repeat=n)
     ] + [list(body) for body in itertools.product(others, repeat=MAX)]
-    return max(texts, key=lambda text: score(one, text, penalty))
+    return max(filter(allowed, texts), key=lambda text: score(one, text, penalty))
 
 
 def ended(text):
@@ -98,6 +99,30 @@ def test_greedy_takes_the_likeliest_token_until_eos():
             history.append(token)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_tokens_in_a_row_come_again_and_what_does_not_repeat_stays(beams, size):
+    options = GenerationOptions(8, beams=beams, length_penalty=2.0)
+    free = generate(Table(), INPUTS, options)
+    bound = generate(Table(), INPUTS, replace(options, no_repeat_ngram_size=size))
+    assert any(map(repeats, free, [size] * 12))
+    assert not any(map(repeats, bound, [size] * 12))
+    for one, other in zip(free, bound, strict=True):
+        if beams == 1:  # more beams lose rivals, too
+            assert repeats(one, size) or list(one) == list(other)
+
+
+def repeats(text, size):
+    rows = [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]
+    return len(set(rows)) < len(rows)
+
+
+def test_wide_beams_find_the_best_of_texts_without_repeats():
+    options = GenerationOptions(MAX, beams=27, lanes=27 * 5, no_repeat_ngram_size=1)
+    best = [by_force(one, 1.0, lambda text: not repeats(text, 1)) for one in INPUTS]
+    assert [ended(text) for text in generate(Table(), INPUTS, options)] == best
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_texts_do_not_depend_on_the_batch_and_keep_their_order(beams):
     inputs = [np.full(1 + i % 3, i) for i in range(10)]
@@ -123,3 +148,5 @@ def test_impossible_options_are_refused():
         GenerationOptions(3, beams=4, lanes=2)
     with pytest.raises(ValueError, match="max_tokens=0 must be at least 1"):
         GenerationOptions(0)
+    with pytest.raises(ValueError, match="no_repeat_ngram_size=-1 must not be negative"):
+        GenerationOptions(3, no_repeat_ngram_size=-1)
