@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evals import stats
-from evals.metrics import Sums, curve_bands
-from evals.perplexity import SCHEMA
-from evals.store import TokenTable
+from evals.perplexity.metrics import Sums, curve_bands
+from evals.perplexity.suite import SCHEMA
+from evals.scoring.store import TokenTable
 
 NO_DIFFERENCE = "no difference shown"
 WITHIN_SEEDS = " (within seeds)"

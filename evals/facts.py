@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals.documents import EvalDocuments
-from evals.protocols import Pass
-from evals.score import ScoredModel
-from evals.store import TokenTable
+from evals.scoring.documents import EvalDocuments
+from evals.scoring.protocols import Pass
+from evals.scoring.score import ScoredModel
+from evals.scoring.store import TokenTable
 
 FACTS = "facts.json"
 

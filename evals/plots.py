@@ -16,7 +16,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from evals.protocols import family
+from evals.scoring.protocols import family
 
 COLOURS = ("#1f6feb", "#d1480f", "#1a7f4b", "#8250df", "#b0367a", "#6b7280")
 REFERENCE_COLOUR = "#57606a"
@@ -160,7 +160,7 @@ def extrapolation_panels(result: Result) -> list[Panel]:
     """Loss and gains over context, loss by position, the joined stream, and what contexts cost.
 
     Args:
-        result: result.json of `evals.extrapolation`.
+        result: result.json of `evals.extrapolation.suite`.
     """
     panels = curve_panels([result])
     if series(result, "gain_beyond_training"):

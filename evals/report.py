@@ -22,8 +22,8 @@ from evals.compare import (
     allowed,
 )
 from evals.page import Picture, Row, Section, count
+from evals.scoring.store import write_bytes
 from evals.stats import RESOLUTION, sign_of
-from evals.store import write_bytes
 
 _CAPTION = (
     "Shaded: 95 % over documents; over contexts a band that holds all of them at once. Dotted: the "

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from data.folder_lock import lock_folder
 from evals import tensorboard
-from evals.documents import EvalDocuments
 from evals.facts import FACTS
-from evals.processes import Processes
+from evals.scoring.documents import EvalDocuments
+from evals.scoring.processes import Processes
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from evals.compare import EvalRun, incomparable, shared_passes
-from evals.metrics import derive
-from evals.store import TokenTable
+from evals.perplexity.metrics import derive
+from evals.scoring.store import TokenTable
 from pretrain.config import RunConfig
 
 IN_NAME = r"_?seed_?\d+"

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from evals import plots
 from evals.live_bytes import LiveBytes
-from evals.store import write_bytes
+from evals.scoring.store import write_bytes
 from pretrain.config import CONFIG_DIR, load_config
 from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, ModelState

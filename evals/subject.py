@@ -12,12 +12,12 @@ from data.loader import start_id
 from data.shards import Corpus
 from data.sources import find_files, read_rows
 from data.tokenizer import Tokenizer
-from evals import wikitext
-from evals.documents import EvalDocuments, from_corpus
-from evals.huggingface import HuggingFaceScorer, HuggingFaceTokenizer, encode_documents
-from evals.models import LanguageModelScorer
-from evals.processes import Processes, join
-from evals.score import ScoredModel
+from evals.scoring import wikitext
+from evals.scoring.documents import EvalDocuments, from_corpus
+from evals.scoring.huggingface import HuggingFaceScorer, HuggingFaceTokenizer, encode_documents
+from evals.scoring.models import LanguageModelScorer
+from evals.scoring.processes import Processes, join
+from evals.scoring.score import ScoredModel
 from evals.seeds import recipe_sha256
 from pretrain.command_line import choose_device
 from pretrain.training.environment import git_commit

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.protocols import family
+from evals.scoring.protocols import family
 
 
 def write(metrics: Sequence[dict[str, Any]], out_dir: Path, trained_steps: int) -> None:

@@ -26,9 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.shards import Corpus
-from evals import baseline, page, report, seeds
+from evals import page, report, seeds
 from evals.compare import EvalRun, check_allowances, compare, load
-from evals.documents import from_corpus
+from evals.perplexity import baseline
+from evals.scoring.documents import from_corpus
 from pretrain.command_line import parse
 
 DONE, BAD_INPUT = 0, 2

@@ -32,15 +32,17 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evals import curves, extrapolation_suite, perplexity_suite, streaming, training_costs
-from evals.extrapolation_suite import ExtrapolationArguments
-from evals.gates import GateFailure
-from evals.perplexity_suite import PerplexityArguments
-from evals.processes import ProcessLost
-from evals.protocols import parse_contexts
+from evals import curves, streaming, training_costs
+from evals.extrapolation import command as extrapolation_suite
+from evals.extrapolation.command import ExtrapolationArguments
+from evals.perplexity import command as perplexity_suite
+from evals.perplexity.command import PerplexityArguments
 from evals.recall import suite as recall_suite
 from evals.recall.suite import RecallArguments
 from evals.results_folder import check_replaces_no_larger
+from evals.scoring.gates import GateFailure
+from evals.scoring.processes import ProcessLost
+from evals.scoring.protocols import parse_contexts
 from evals.subject import Subject, SubjectArguments, open_subject
 from pretrain.command_line import parse
 from pretrain.config import load_config

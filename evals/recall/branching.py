@@ -1,6 +1,6 @@
 """The gate of recall: a candidate behind the carried state costs what it costs in one forward.
 
-As in all gates, a quantised model's codes are held (`evals.held_codes`).
+As in all gates, a quantised model's codes are held (`evals.scoring.held_codes`).
 """
 
 from dataclasses import replace
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals import gates
-from evals.documents import EvalDocuments
-from evals.gates import GateResult
-from evals.held_codes import Reference
 from evals.recall.likelihood import RecallOptions, batch_nll, cells, questions
 from evals.recall.probes import DoesNotFit, Encode, Trial
-from evals.score import ScoredModel
+from evals.scoring import gates
+from evals.scoring.documents import EvalDocuments
+from evals.scoring.gates import GateResult
+from evals.scoring.held_codes import Reference
+from evals.scoring.score import ScoredModel
 
 
 def check_branching(

@@ -32,13 +32,13 @@ import torch
 from tqdm import tqdm
 
 from evals import stats
-from evals.documents import EvalDocuments
-from evals.gates import GateResult
-from evals.processes import Processes
 from evals.recall import probes
 from evals.recall.probes import DoesNotFit, Encode, Trial
-from evals.score import BATCH_TOKENS, ScoredModel
-from evals.store import write_bytes
+from evals.scoring.documents import EvalDocuments
+from evals.scoring.gates import GateResult
+from evals.scoring.processes import Processes
+from evals.scoring.score import BATCH_TOKENS, ScoredModel
+from evals.scoring.store import write_bytes
 from pretrain.mixers.base import index_state
 
 CELL_FORMAT = 1

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evals.documents import EvalDocuments
+from evals.scoring.documents import EvalDocuments
 
 SPAN_TOKENS = 64
 _FIRST_NAMES, _LAST_NAMES = (

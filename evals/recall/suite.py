@@ -19,17 +19,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evals import gates, plots, results_folder, tensorboard
-from evals.documents import EvalDocuments
+from evals import plots, results_folder, tensorboard
 from evals.facts import FACTS, header, read_facts
-from evals.processes import Processes
-from evals.protocols import parse_contexts
 from evals.recall import likelihood, probe_report
 from evals.recall.branching import check_branching
 from evals.recall.likelihood import Cell, RecallOptions
 from evals.recall.probes import SPAN_TOKENS, Encode
-from evals.score import ScoredModel, model_identity
-from evals.store import write_bytes
+from evals.scoring import gates
+from evals.scoring.documents import EvalDocuments
+from evals.scoring.processes import Processes
+from evals.scoring.protocols import parse_contexts
+from evals.scoring.score import ScoredModel, model_identity
+from evals.scoring.store import write_bytes
 from evals.subject import Subject, SubjectArguments
 
 SCHEMA = "longspan.eval.recall/1"

@@ -86,7 +86,7 @@ class Codebook(nn.Module):
 
     def forward(self, k: Tensor) -> Tensor:
         """The nearest code of each key, (B, T, H, K) -> (B, T, H) int64; a call of its own, so that
-        evaluation can hook into it (evals/held_codes.py)."""
+        evaluation can hook into it (evals/scoring/held_codes.py)."""
         return nearest_codes(k, self.codebook)
 
     def statistics(self, k: Tensor, codes: Tensor, counted: Tensor | None) -> dict[str, Tensor]:

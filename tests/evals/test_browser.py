@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from chromium import Chromium
-from toy_models import Bigram, Uniform, markov_documents
 
-from evals import compare, perplexity, report
-from evals.perplexity import PerplexityOptions
+from evals import compare, report
+from evals.perplexity import suite as perplexity
+from evals.perplexity.suite import PerplexityOptions
+from tests.evals.toy_models import Bigram, Uniform, markov_documents
 
 pytestmark = pytest.mark.browser
 

@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from toy_models import FIRST, Bigram, Recurrent, documents_of, markov_documents
 
-from evals import baseline, compare, perplexity
-from evals.documents import EvalDocuments
-from evals.perplexity import PerplexityOptions
+from evals import compare
+from evals.perplexity import baseline
+from evals.perplexity import suite as perplexity
+from evals.perplexity.suite import PerplexityOptions
+from evals.scoring.documents import EvalDocuments
+from tests.evals.toy_models import FIRST, Bigram, Recurrent, documents_of, markov_documents
 
 OPTIONS = PerplexityOptions(
     contexts=(16, 64), spans_per_document=8, stream_tokens=120, segment_tokens=64

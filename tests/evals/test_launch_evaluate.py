@@ -10,7 +10,7 @@ from data.prepare import PrepareConfig, prepare
 from data.shards import Corpus
 from data.tokenizer import BOS_ID, EOS_ID
 from evals import subject
-from evals.protocols import parse_contexts
+from evals.scoring.protocols import parse_contexts
 from launch import evaluate
 from pretrain.config import RunConfig
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig

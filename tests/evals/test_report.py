@@ -7,10 +7,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from toy_models import Bigram, Uniform, markov_documents
 
-from evals import baseline, compare, perplexity, report
-from evals.perplexity import PerplexityOptions
+from evals import compare, report
+from evals.perplexity import baseline
+from evals.perplexity import suite as perplexity
+from evals.perplexity.suite import PerplexityOptions
+from tests.evals.toy_models import Bigram, Uniform, markov_documents
 
 OPTIONS = PerplexityOptions(contexts=(16, 32, 64), spans_per_document=4, stream_tokens=100)
 DOCUMENTS, TABLE = markov_documents([300] * 6, vocab_size=12)

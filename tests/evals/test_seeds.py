@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy.stats import ttest_ind
-from toy_models import Bigram, markov_documents
 
-from evals import compare, perplexity, report, seeds, stats
-from evals.perplexity import PerplexityOptions
+from evals import compare, report, seeds, stats
+from evals.perplexity import suite as perplexity
+from evals.perplexity.suite import PerplexityOptions
 from pretrain.config import RunConfig
+from tests.evals.toy_models import Bigram, markov_documents
 
 OPTIONS = PerplexityOptions(contexts=(16, 64), protocols=("fixed", "stream"), stream_tokens=100)
 DOCUMENTS, TABLE = markov_documents([300] * 20, vocab_size=12)

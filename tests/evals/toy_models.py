@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.tokenizer import PAD_ID
-from evals.documents import EvalDocuments
-from evals.score import state_dict_sha256
+from evals.scoring.documents import EvalDocuments
+from evals.scoring.score import state_dict_sha256
 
 BOS, EOS, FIRST = 1, 2, 4
 

@@ -12,12 +12,12 @@ import torch
 from torch.distributed import HashStore
 
 from data.tokenizer import BytesTokenizer
-from evals.gates import GateFailure
-from evals.processes import Processes
 from evals.recall import likelihood, probes, suite
 from evals.recall.likelihood import Cell, CellScores, RecallOptions
 from evals.recall.probes import SPAN_TOKENS, DoesNotFit
-from evals.score import model_identity
+from evals.scoring.gates import GateFailure
+from evals.scoring.processes import Processes
+from evals.scoring.score import model_identity
 from evals.stats import wilson
 from tests.evals.toy_models import (
     FIRST,

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evals.score import state_dict_sha256
+from evals.scoring.score import state_dict_sha256
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
 from pretrain.training.engine import World
 from pretrain.training.random_state import preserved_random_state

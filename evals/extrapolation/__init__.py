@@ -1,0 +1,1 @@
+"""Extrapolation: what contexts beyond the training length are worth, and what they cost."""

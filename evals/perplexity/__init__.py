@@ -1,0 +1,1 @@
+"""Perplexity against context: losses of a model by how much it may read, with error bars."""
