@@ -107,7 +107,10 @@ def draw(panels: Sequence[Panel], results: Sequence[Result]) -> Figure:
         for axis, panel in zip(axes, panels, strict=False):
             panel.draw(axis)
             _mark_training_length(axis, results)
-            axis.legend(loc="best", fontsize=9 if len(results) <= FEW else 7.5)
+            if len(results) <= FEW:
+                axis.legend(loc="best", fontsize=9)
+            else:  # below, where it hides no curve
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=7.5)
         if not panels:
             axes[0].set_axis_off()
             axes[0].text(0.5, 0.5, "no curve: fixed, position and stream have one", ha="center")

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from evals.compare import EvalRun, incomparable, shared_passes
 from evals.perplexity.metrics import derive
 from evals.scoring.store import TokenTable
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, differences
 
 IN_NAME = r"_?seed_?\d+"
 # What a training may differ in and still be of the same recipe: where it lies, what it writes.
@@ -29,10 +28,12 @@ NOT_OF_THE_RECIPE = (
 
 
 def recipe_sha256(config: RunConfig) -> str:
-    """Identity of a training but for its seed."""
-    content = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(content, dict)
-    recipe = {key: value for key, value in content.items() if key not in NOT_OF_THE_RECIPE}
+    """Identity of a training but for its seed; a key that is added later changes no older one's."""
+    recipe = {
+        key: value
+        for key, (_, value) in differences(config).items()
+        if key.partition(".")[0] not in NOT_OF_THE_RECIPE
+    }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 

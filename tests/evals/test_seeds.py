@@ -1,6 +1,7 @@
 """Seeds of one recipe are one row: their mean, with the spread between seeds stated apart."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -62,6 +63,17 @@ def test_a_recipe_is_everything_but_seed_name_and_what_is_written():
     assert seeds.recipe_sha256(config) == seeds.recipe_sha256(other)
     other.optim.learning_rate *= 2
     assert seeds.recipe_sha256(config) != seeds.recipe_sha256(other)
+
+
+def test_a_key_that_comes_later_leaves_older_recipes_alone(monkeypatch):
+    @dataclass
+    class LaterConfig(RunConfig):
+        later: int = 7
+
+    before = seeds.recipe_sha256(RunConfig())
+    monkeypatch.setattr("pretrain.config.RunConfig", LaterConfig)
+    assert seeds.recipe_sha256(LaterConfig()) == before
+    assert seeds.recipe_sha256(LaterConfig(later=8)) != before
 
 
 def test_a_difference_that_seeds_could_make_is_said_to_be_within_seeds(base):
