@@ -1,7 +1,6 @@
 """Seeds of one recipe are one row: their mean, with the spread between seeds stated apart."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -66,7 +65,7 @@ def test_a_recipe_is_everything_but_seed_name_and_what_is_written():
 
 
 def test_a_key_that_comes_later_leaves_older_recipes_alone(monkeypatch):
-    @dataclass
+    @dataclasses.dataclass
     class LaterConfig(RunConfig):
         later: int = 7
 
