@@ -1,7 +1,6 @@
 """What a suite evaluates: a trained model, the documents it is tried on, and where results go."""
 
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from evals.scoring.models import LanguageModelScorer
 from evals.scoring.processes import Processes, join
 from evals.scoring.score import ScoredModel
 from evals.seeds import recipe_sha256
-from pretrain.command_line import choose_device
+from pretrain.command_line import own_device
 from pretrain.training.environment import git_commit
 from pretrain.training.load import load_model
 
@@ -100,7 +99,7 @@ def open_subject(arguments: SubjectArguments) -> Subject:
     run_dir = Path(arguments.run)
     if not run_dir.is_dir():
         raise ValueError(f"run={run_dir}: no such folder; use a run directory such as runs/NAME")
-    device = _device(arguments.device)
+    device = own_device(arguments.device)
     model, config, checkpoint = load_model(run_dir, arguments.tag)
     corpus = Corpus.open(
         arguments.data or config.data.path, arguments.split or config.data.val_split
@@ -172,7 +171,7 @@ def _open_hf(arguments: SubjectArguments) -> Subject:
         documents = wikitext.counted_as_published(documents, texts)
     else:
         documents = encode_documents(texts, tokenizer, source)
-    model = HuggingFaceScorer(folder, _device(arguments.device), arguments.precision)
+    model = HuggingFaceScorer(folder, own_device(arguments.device), arguments.precision)
     if model.max_tokens is None:
         raise ValueError(f"hf={folder}: its config.json has no max_position_embeddings; add it")
     return Subject(
@@ -197,12 +196,3 @@ def _full_fp32() -> None:
     more than the gates' bounds for fp32, and by more than a quantiser's codes lie apart."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name; each process of a node takes a GPU of its own."""
-    device = choose_device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    return device

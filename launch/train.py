@@ -34,8 +34,9 @@ from pretrain.config_problems import launcher_world_size
 from pretrain.models import LanguageModelConfig, build_model
 from pretrain.training.catalogue import catalogue, describe_catalogue
 from pretrain.training.checkpoint import checkpoint_bytes
-from pretrain.training.engine import deepspeed_config, leave, start_process_group
+from pretrain.training.engine import deepspeed_config, start_process_group
 from pretrain.training.environment import describe_environment, git_commit
+from pretrain.training.leaving import leave
 from pretrain.training.manifest import CheckpointError, check_room, write_json
 from pretrain.training.metrics import say
 from pretrain.training.plan import (

@@ -1,6 +1,7 @@
 """`key=value` words of a command line, as a dataclass; and what some of them name."""
 
 import difflib
+import os
 from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -110,4 +111,25 @@ def choose_device(name: str) -> "torch.device":
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name} cannot be used ({error}); use auto or cpu") from None
+    return device
+
+
+def own_device(name: str) -> "torch.device":
+    """`choose_device`, where each process of a node takes a GPU of its own.
+
+    Raises:
+        ValueError: there is no such device, or more processes than GPUs.
+    """
+    import torch
+
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is None:
+        index, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= gpus:
+            raise ValueError(
+                f"device={name}: process {index + 1} of this node finds {gpus} GPU(s); start as "
+                f"many processes as there are GPUs, or use device=cpu"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
     return device

@@ -27,6 +27,7 @@ from evals.scoring.processes import Processes
 from evals.scoring.protocols import Pass
 from evals.scoring.score import Batch, ScoredModel, batches, n_inputs, score
 from evals.scoring.store import TokenTable, pass_identity
+from pretrain.dealing import deal
 
 PART_TOKENS = 2**18
 REDRAW_SECONDS = 0.1
@@ -95,7 +96,8 @@ def score_passes(
 
     missing = [wanted[name][k] for name, k in processes.from_main("missing", find_missing)]
     shown = _Progress(missing, processes, show=bool(progress and missing and processes.is_main))
-    for part in deal(missing, processes.size)[processes.rank]:
+    for k in deal([part.n_inputs for part in missing], processes.size)[processes.rank]:
+        part = missing[k]
         table = score(
             model,
             documents,
@@ -145,17 +147,6 @@ def _parts(scoring: Pass, identity: str, folder: Path) -> list[Part]:
         )
         for k, group in enumerate(groups)
     ]
-
-
-def deal(parts: Sequence[Part], size: int) -> list[list[Part]]:
-    """Each rank's parts in their order: the largest first, to whoever has least."""
-    hands: list[list[int]] = [[] for _ in range(size)]
-    loads = [0] * size
-    for k in sorted(range(len(parts)), key=lambda k: -parts[k].n_inputs):
-        rank = loads.index(min(loads))
-        hands[rank].append(k)
-        loads[rank] += parts[k].n_inputs
-    return [[parts[k] for k in sorted(hand)] for hand in hands]
 
 
 def _has(path: Path, identity: str) -> bool:

@@ -14,7 +14,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import deepspeed.comm  # registers the module whose shared-memory op is replaced below
@@ -93,20 +93,6 @@ def start_process_group(config: RunConfig) -> World:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process with `code`, when everything is on disk.
-
-    Not by `sys.exit`: about one CPU start in fifty aborted in the teardown of C++ threads after its
-    last line ("terminate called without an active exception"), which turned finished runs into
-    failed ones.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def deepspeed_config(

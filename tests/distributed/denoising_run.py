@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.train import set_up
 from pretrain.batch import EncoderDecoderBatch
-from pretrain.training.engine import leave
+from pretrain.training.leaving import leave
 
 Steps = Callable[[int], Iterator[list[EncoderDecoderBatch]]]
 

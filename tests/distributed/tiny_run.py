@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
-from pretrain.training.engine import World, leave, start_process_group
+from pretrain.training.engine import World, start_process_group
+from pretrain.training.leaving import leave
 from pretrain.training.manifest import CheckpointError
 from pretrain.training.metrics import CorpusFacts
 from pretrain.training.trainer import Trainer, TrainingError

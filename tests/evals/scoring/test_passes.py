@@ -165,15 +165,3 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Processes, "wait_until", lambda self, ready: None)
     with pytest.raises(ValueError, match="on a file system that they share"):
         evaluate(tmp_path, Processes(0, 2))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_work_is_dealt_out_once_and_evenly(size, tmp_path):
-    options = PerplexityOptions((16,), ("position",))
-    (scoring,) = perplexity.plan(Rounding(TRANSITIONS), DOCUMENTS, options, 32)
-    parts = passes._parts(scoring, "", tmp_path)
-    parts += [passes.Part(scoring, k, [], 100 * k, tmp_path, "") for k in range(1, 20)]
-    hands = passes.deal(parts, size)
-    assert sorted(id(part) for hand in hands for part in hand) == sorted(map(id, parts))
-    loads = [sum(part.n_inputs for part in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(part.n_inputs for part in parts)
