@@ -1,6 +1,7 @@
 """Fine-tunes a model on a task, several seeds, and sets it beside what costs no training.
 
     python launch/finetune.py run=runs/NAME task=sst2 out=runs/NAME_sst2
+    deepspeed --num_gpus 8 launch/finetune.py run=runs/NAME task=sst2 out=runs/NAME_sst2
     python launch/finetune.py run=runs/NAME init=random task=sst2 out=runs/NAME_sst2_random
     python launch/finetune.py model=attention_tiny tokenizer=bytes task=jsonl train=train.jsonl \\
         test=test.jsonl input_field=text target_field=label metrics=accuracy out=runs/mine
@@ -14,22 +15,23 @@ The answer is written as text, or with head=classifier chosen among the labels o
 
 OUT has per seed the answers to the tests (TEST.jsonl), the best weights on validation (best.pt) and
 result.json; over all seeds table.md and results.json. The same command resumes. `table` compares
-several OUTs without a model, task by task. One process trains one seed after the other
-(`deepspeed --num_gpus 1` works, too). Exit codes: 0 done, 1 a checkpoint is damaged, 2 bad input.
+several OUTs without a model, task by task.
+
+Seeds are trained one after the other, by all processes of the launch: they share the examples of
+every step and of every test, and the batches are those of one process. Exit codes: 0 done, 1 a
+checkpoint is damaged, 2 bad input, 4 another process of the launch failed.
 """
 
-import json
-import os
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
 
 from data.folder_lock import lock_folder
 from evals.downstream import outputs, report
@@ -37,68 +39,28 @@ from evals.downstream.baselines import baselines
 from evals.downstream.metrics import combine, contributions
 from evals.downstream.tasks import Splits, Task, open_task
 from launch.finetuning_data import EncodedTask, labels_of, limited
-from pretrain.command_line import choose_device, parse
-from pretrain.config_problems import launcher_world_size
-from pretrain.finetuning.classifier import LabelClassifier
-from pretrain.finetuning.generation import GenerationOptions, generate
-from pretrain.finetuning.interface import PairModel
-from pretrain.finetuning.starting_point import (
-    StartingPoint,
-    from_run,
-    untrained,
-    with_defaults,
+from launch.finetuning_settings import (
+    FinetuneArguments,
+    check_head,
+    check_settings,
+    overrides,
+    starting_point,
+    train_options,
 )
-from pretrain.finetuning.train import TrainOptions, train
+from pretrain.command_line import check_positive, own_device, parse
+from pretrain.finetuning.answers import classify, write
+from pretrain.finetuning.classifier import LabelClassifier
+from pretrain.finetuning.generation import GenerationOptions
+from pretrain.finetuning.interface import PairModel
+from pretrain.finetuning.ranks import RankLost, Ranks, SharedError, join
+from pretrain.finetuning.starting_point import StartingPoint
+from pretrain.finetuning.train import TrainOptions, replace_file, train
 from pretrain.training.environment import git_commit
+from pretrain.training.leaving import leave
 from pretrain.training.manifest import CheckpointError, write_json
 
-FINISHED, FAILED, BAD_INPUT = 0, 1, 2
+FINISHED, FAILED, BAD_INPUT, PROCESS_LOST = 0, 1, 2, 4
 WEIGHTS = "best.pt"
-
-
-@dataclass
-class FinetuneArguments:
-    """Everything the command understands but `model=` and `model.KEY=`; 0 and "" are defaults."""
-
-    run: str = ""
-    tag: str = "latest"  # checkpoint of run
-    init: str = "pretrained"  # or random: the run's model without its weights
-    tokenizer: str = ""  # with run: if its corpus is not where it was
-    out: str = ""
-    task: str = ""
-    head: str = "text"  # the answer is written; or classifier: it is one of the labels
-    source: str = ""  # folder of the files of a task that names none
-    train: str = ""
-    validation: str = ""
-    test: str = ""
-    input: str = ""  # template
-    input_field: str = ""  # column; short for input={COLUMN}
-    target: str = ""
-    target_field: str = ""
-    metrics: str = ""  # with commas; the first one picks the weights
-    holdout: float = 0.0  # share of train for validation where it has no files; default: a tenth
-    train_examples: int = 0  # take so many, by hash
-    validation_examples: int = 0
-    test_examples: int = 0
-    max_input_tokens: int = 0
-    max_target_tokens: int = 0  # default: of the longest training target
-    truncate: bool = False
-    seeds: int = 3
-    epochs: float = 3.0
-    steps: int = 0  # in place of epochs
-    batch_size: int = 32
-    micro_batch_tokens: int = 65536
-    check_every: int = 0  # steps; default: an epoch
-    patience: int = 3
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.01
-    warmup_fraction: float = 0.05
-    beams: int = 1  # of the tests; validation is greedy
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0  # tokens in a row that no answer has twice; 0: no limit
-    lanes: int = 64  # texts written side by side
-    precision: str = ""  # bf16 (autocast) | fp32; default: bf16 on a GPU
-    device: str = "auto"
 
 
 @dataclass
@@ -110,26 +72,84 @@ class TableArguments:
     workers: int = 1  # processes that score; ROUGE takes 0.1 s for a long summary
 
 
-# What may change from one call to the next without another result.
-_FREE = ("out", "seeds", "device", "lanes", "tokenizer")
+Model = PairModel | LabelClassifier
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before the first step, the same in every process.
+
+    Attributes:
+        arguments: what was asked for.
+        task: what is learned.
+        labels: of the task.
+        splits: its examples.
+        start: what training starts from.
+        precision: bf16 or fp32.
+        build: a seed -> the model as it starts.
+        data: the examples as tokens.
+        options: of the training.
+        written: how the tests are answered; validation is greedy.
+        description: a line about model and data.
+    """
+
+    arguments: FinetuneArguments
+    task: Task
+    labels: list[str]
+    splits: Splits
+    start: StartingPoint
+    precision: str
+    build: Callable[[int], Model]
+    data: EncodedTask
+    options: TrainOptions
+    written: GenerationOptions
+    description: str
+
+    @property
+    def out(self) -> Path:
+        return Path(self.arguments.out)
+
+    def answer(
+        self, model: Model, inputs: Sequence[Any], how: GenerationOptions, ranks: Ranks
+    ) -> list[str]:
+        """The model's answers to inputs, in every process."""
+        if isinstance(model, LabelClassifier):
+            chosen = classify(model, inputs, self.options.micro_batch_tokens, ranks)
+            return [self.labels[number] for number in chosen]
+        return [self.start.tokenizer.decode(ids) for ids in write(model, inputs, how, ranks)]
+
+    def score(self, texts: Sequence[str]) -> float:
+        """The first metric of answers to validation."""
+        metric = self.task.metrics[0]
+        found = contributions([metric], texts, self.splits.validation, self.labels)
+        return combine(metric, found[metric])
 
 
 def main(argv: list[str]) -> int:
-    """Runs a command line; the exit code."""
+    """Runs a command line; the exit code, in all processes the same unless one fails alone."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__)
         return FINISHED
     argv = [word for word in argv if not word.startswith("--local_rank")]  # of the launcher
+    ranks = join()
+
+    def complain(error: Exception) -> None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
     try:
         if argv[0] == "table":
             folders = [Path(word) for word in argv[1:] if "=" not in word]
             words = [word for word in argv[1:] if "=" in word]
-            show(folders, parse(TableArguments, words))
+            ranks.on_main(lambda: show(folders, parse(TableArguments, words)))
         else:
-            finetune(argv)
-    except (ValueError, OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, CheckpointError) else BAD_INPUT
+            finetune(argv, ranks)
+    except SharedError as error:
+        ranks.on_main(partial(complain, error))  # a launcher ends all when the first has left
+        return FAILED if issubclass(error.kind, CheckpointError) else BAD_INPUT
+    except RankLost as error:
+        if ranks.is_main:
+            complain(error)
+        return PROCESS_LOST
     return FINISHED
 
 
@@ -152,25 +172,46 @@ def show(folders: list[Path], arguments: TableArguments) -> None:
         write_json(out / "results.json", {"commit": git_commit(), "rows": records})
 
 
-def finetune(words: list[str]) -> None:
-    """Trains and tests every seed that is not done, then shows the table."""
-    if launcher_world_size() > 1:
-        raise ValueError(
-            "fine-tuning runs in one process; start it without a launcher or with --num_gpus 1, "
-            "and give other GPUs other tasks or models"
-        )
+def finetune(words: list[str], ranks: Ranks) -> None:
+    """Trains and tests every seed that is not done, then shows the table.
+
+    Raises:
+        SharedError: bad input, or a file that cannot be read or written.
+        RankLost: another process failed.
+    """
+    plan = ranks.everywhere(lambda: prepare(words, ranks))
+    with ExitStack() as held:
+        for seed in ranks.on_main(lambda: claim(plan, held)):
+            train_seed(plan, seed, ranks)
+
+        def close() -> None:
+            print(f"\n{shlex.join(['launch/finetune.py', *words])}\n")
+            show([plan.out], TableArguments(out=str(plan.out)))
+
+        ranks.on_main(close)
+
+
+def prepare(words: list[str], ranks: Ranks) -> Plan:
+    """Finds everything that can be wrong before the first step.
+
+    Raises:
+        ValueError: bad input.
+        CheckpointError: the run's checkpoint is missing or damaged.
+    """
     model_words = [word for word in words if word.startswith(("model=", "model."))]
     arguments = parse(FinetuneArguments, [word for word in words if word not in model_words])
-    for key in ("seeds", "batch_size", "patience"):
-        if getattr(arguments, key) < 1:
-            raise ValueError(f"{key}={getattr(arguments, key)} must be at least 1")
-    task = open_task(arguments.task, source=arguments.source, overrides=_overrides(arguments))
-    start = _starting_point(arguments, model_words)
-    device = choose_device(arguments.device)
+    check_positive(**{key: getattr(arguments, key) for key in ("seeds", "batch_size", "patience")})
+    task = open_task(arguments.task, source=arguments.source, overrides=overrides(arguments))
+    start = starting_point(arguments, model_words)
+    if ranks.size > 1 and arguments.device not in ("auto", "cuda", "cpu"):
+        raise ValueError(
+            f"device={arguments.device}: {ranks.size} processes need one each; use auto or cpu"
+        )
+    device = own_device(arguments.device)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision={precision} is not known; use bf16 or fp32")
-    _check_head(arguments, task)
+    check_head(arguments, task)
     everything = task.read()
     labels = labels_of(task, everything)
     splits = limited(
@@ -182,12 +223,12 @@ def finetune(words: list[str]) -> None:
     # Here, not after an hour of training, what a metric lacks is found.
     first = splits.validation[:1]
     contributions(task.metrics, [first[0].references[0]], first, labels)
-    out = Path(arguments.out)
 
-    def build(seed: int) -> PairModel | LabelClassifier:
+    def build(seed: int) -> Model:
+        autocast = precision == "bf16"
         if arguments.head == "classifier":
-            return start.build_classifier(seed, device, len(labels), autocast=precision == "bf16")
-        return start.build(seed, device, autocast=precision == "bf16")
+            return start.build_classifier(seed, device, len(labels), autocast=autocast)
+        return start.build(seed, device, autocast=autocast)
 
     model = build(0)
     data = EncodedTask.of(
@@ -200,188 +241,80 @@ def finetune(words: list[str]) -> None:
         max_target=arguments.max_target_tokens,
         truncate=arguments.truncate,
     )
-    options = _train_options(arguments, len(splits.train))
-    taken = ValueError(
-        f"out={out}: another fine-tuning is writing there; wait for it, or choose another out="
-    )
-    with lock_folder(out, taken):
-        _check_settings(out, arguments, task, labels, start, precision)
-        print(data.describe(model), flush=True)
-        for test, examples in splits.tests.items():
-            for name, texts in baselines(task.kind, splits.train, examples).items():
-                outputs.write(out / "baselines" / name, test, texts, examples)
-        for seed in range(arguments.seeds):
-            folder = out / f"seed_{seed}"
-            if (folder / outputs.RESULT).exists():
-                continue
-            model = build(seed)
-            _one_seed(model, seed, folder, data, splits, task, labels, options, arguments, start)
-        print(f"\n{shlex.join(['launch/finetune.py', *words])}\n")
-        show([out], TableArguments(out=str(out)))
-
-
-def _check_head(arguments: FinetuneArguments, task: Task) -> None:
-    if arguments.head not in ("text", "classifier"):
-        raise ValueError(f"head={arguments.head} is not known; use text or classifier")
-    if arguments.head == "text":
-        return
-    if task.kind != "classification":
-        raise ValueError(
-            f"head=classifier: task={task.name} is a {task.kind} ({', '.join(task.metrics)}), "
-            f"whose answers are no closed set of labels; leave head= out"
-        )
-    for key in ("beams", "max_target_tokens", "no_repeat_ngram_size"):
-        if getattr(arguments, key) != getattr(FinetuneArguments, key):
-            raise ValueError(f"{key}= is of answers that are written; leave it or head= out")
-
-
-def _overrides(arguments: FinetuneArguments) -> dict[str, Any]:
-    """What the words say of the task."""
-    for key in ("input", "target"):
-        if getattr(arguments, key) and getattr(arguments, f"{key}_field"):
-            raise ValueError(f"{key}= and {key}_field= say the same; leave one out")
-    given: dict[str, Any] = {
-        "holdout": arguments.holdout,
-        "train": arguments.train,
-        "validation": arguments.validation,
-        "tests": {"test": arguments.test} if arguments.test else {},
-        "metrics": arguments.metrics.split(",") if arguments.metrics else [],
-    }
-    for key in ("input", "target"):
-        column = getattr(arguments, f"{key}_field")
-        given[key] = f"{{{column}}}" if column else getattr(arguments, key)
-    return {key: value for key, value in given.items() if value}
-
-
-def _starting_point(arguments: FinetuneArguments, model_words: list[str]) -> StartingPoint:
-    if bool(arguments.run) == any(word.startswith("model=") for word in model_words):
-        raise ValueError("give run=runs/NAME, or model=NAME tokenizer=FILE for an untrained model")
-    if not arguments.out:
-        raise ValueError("out= is missing; use out=runs/NAME_TASK")
-    if arguments.init not in ("pretrained", "random"):
-        raise ValueError(f"init={arguments.init} is not known; use pretrained or random")
-    if not arguments.run:
-        return untrained(model_words, arguments.tokenizer)
-    if model_words:
-        raise ValueError(f"{model_words[0]}: run={arguments.run} has its own; leave it out")
-    return from_run(
-        Path(arguments.run),
-        tag=arguments.tag,
-        tokenizer=arguments.tokenizer,
-        random=arguments.init == "random",
+    return Plan(
+        arguments=arguments,
+        task=task,
+        labels=labels,
+        splits=splits,
+        start=start,
+        precision=precision,
+        build=build,
+        data=data,
+        options=train_options(arguments, len(splits.train)),
+        written=GenerationOptions(
+            max_tokens=data.target_tokens + 1,
+            beams=arguments.beams,
+            length_penalty=arguments.length_penalty,
+            no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+            lanes=arguments.lanes,
+        ),
+        description=data.describe(model),
     )
 
 
-def _check_settings(
-    out: Path,
-    arguments: FinetuneArguments,
-    task: Task,
-    labels: list[str],
-    start: StartingPoint,
-    precision: str,
-) -> None:
-    """Writes settings.json, or compares with the one that is there.
+def claim(plan: Plan, held: ExitStack) -> list[int]:
+    """Makes the folder this command's own, for as long as `held` is open; the seeds to train.
 
     Raises:
-        ValueError: the folder holds a fine-tuning with other settings.
+        ValueError: another fine-tuning has it, or it is of other settings.
     """
-    asked = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in _FREE}
-    settings = {
-        "arguments": {**asked, "precision": precision},
-        "task": {key: value for key, value in asdict(task).items() if key != "labels"},
-        "labels": labels,
-        "model": start.facts,
-    }
-    settings = json.loads(json.dumps(settings))
-    if not (out / outputs.SETTINGS).exists():
-        write_json(out / outputs.SETTINGS, settings)
-        return
-    before = outputs.read_settings(out)
-    # A key that came later had its default before it came.
-    before["arguments"] = {f.name: f.default for f in fields(arguments)} | before["arguments"]
-    before["model"]["config"] = with_defaults(before["model"]["config"])
-    changed = {
-        key: f"{key} was {before[part].get(key)!r}, is {value!r}"
-        for part in ("model", "task", "arguments")
-        for key, value in settings[part].items()
-        if before[part].get(key) != value
-    }
-    if before["labels"] != labels:
-        differ = sorted(set(before["labels"]) ^ set(labels)) or labels
-        changed["labels"] = f"labels are others, e.g. {differ[0]!r}"
-    if "config" in changed:
-        changed["config"] = "another model configuration"
-    if changed:
-        raise ValueError(
-            f"out={out} holds a fine-tuning with other settings "
-            f"({'; '.join(changed.values())}); choose another out="
-        )
-
-
-def _train_options(arguments: FinetuneArguments, n_train: int) -> TrainOptions:
-    per_epoch = max(1, n_train // arguments.batch_size)
-    steps = arguments.steps or round(arguments.epochs * per_epoch)
-    if steps < 1:
-        raise ValueError(f"epochs={arguments.epochs:g} are less than a step; raise them")
-    return TrainOptions(
-        steps=steps,
-        batch_size=arguments.batch_size,
-        check_every=arguments.check_every or per_epoch,
-        patience=arguments.patience,
-        learning_rate=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        warmup_fraction=arguments.warmup_fraction,
-        micro_batch_tokens=arguments.micro_batch_tokens,
+    taken = ValueError(
+        f"out={plan.out}: another fine-tuning is writing there; wait for it, or choose another out="
     )
+    held.enter_context(lock_folder(plan.out, taken))
+    check_settings(plan.out, plan.arguments, plan.task, plan.labels, plan.start, plan.precision)
+    print(plan.description, flush=True)
+    for test, examples in plan.splits.tests.items():
+        for name, texts in baselines(plan.task.kind, plan.splits.train, examples).items():
+            outputs.write(plan.out / "baselines" / name, test, texts, examples)
+    done = {path.parent.name for path in plan.out.glob(f"seed_*/{outputs.RESULT}")}
+    return [seed for seed in range(plan.arguments.seeds) if f"seed_{seed}" not in done]
 
 
-def _one_seed(
-    model: PairModel | LabelClassifier,
-    seed: int,
-    folder: Path,
-    data: EncodedTask,
-    splits: Splits,
-    task: Task,
-    labels: list[str],
-    options: TrainOptions,
-    arguments: FinetuneArguments,
-    start: StartingPoint,
-) -> None:
+def train_seed(plan: Plan, seed: int, ranks: Ranks) -> None:
     """Trains, keeps the best weights, answers the tests."""
-    folder.mkdir(parents=True, exist_ok=True)
-    greedy = GenerationOptions(
-        max_tokens=data.target_tokens + 1,
-        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
-        lanes=arguments.lanes,
-    )
-
-    def answer(inputs: Sequence[Any], how: GenerationOptions) -> list[str]:
-        if isinstance(model, LabelClassifier):
-            return [labels[i] for i in model.classify(inputs, options.micro_batch_tokens)]
-        return [start.tokenizer.decode(ids) for ids in generate(model, inputs, how)]
+    folder = plan.out / f"seed_{seed}"
+    ranks.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    model = plan.build(seed)
+    greedy = replace(plan.written, beams=1, length_penalty=1.0)
 
     def validate() -> float:
-        texts = answer(data.validation, greedy)
-        metric = task.metrics[0]
-        return combine(metric, contributions([metric], texts, splits.validation, labels)[metric])
+        texts = plan.answer(model, plan.data.validation, greedy, ranks)
+        return ranks.on_main(lambda: plan.score(texts))
 
     def tell(check: dict[str, float]) -> None:
-        print(
-            f"seed {seed}  step {check['step']:,}/{options.steps:,}  loss {check['loss']:.3f}  "
-            f"validation {task.metrics[0]} {check['validation']:.1f}",
-            flush=True,
-        )
+        if ranks.is_main:
+            print(
+                f"seed {seed}  step {check['step']:,}/{plan.options.steps:,}  "
+                f"loss {check['loss']:.3f}  "
+                f"validation {plan.task.metrics[0]} {check['validation']:.1f}",
+                flush=True,
+            )
 
     progress = folder / "progress.pt"
-    result = train(model, data.train, validate, options, seed, progress, tell)
-    torch.save(model.module.state_dict(), folder / "tmp.best.pt")
-    os.replace(folder / "tmp.best.pt", folder / WEIGHTS)
-    how = replace(greedy, beams=arguments.beams, length_penalty=arguments.length_penalty)
-    for test, inputs in data.tests.items():
-        outputs.write(folder, test, answer(inputs, how), splits.tests[test])
-    write_json(folder / outputs.RESULT, {**result, "truncated": data.cut, "commit": git_commit()})
-    progress.unlink(missing_ok=True)
+    result = train(model, plan.data.train, validate, plan.options, seed, progress, tell, ranks)
+    ranks.on_main(lambda: replace_file(folder / WEIGHTS, model.module.state_dict()))
+    for test, inputs in plan.data.tests.items():
+        texts = plan.answer(model, inputs, plan.written, ranks)
+        ranks.on_main(partial(outputs.write, folder, test, texts, plan.splits.tests[test]))
+
+    def finish() -> None:
+        facts = {"truncated": plan.data.cut, "processes": ranks.size, "commit": git_commit()}
+        write_json(folder / outputs.RESULT, {**result, **facts})
+        progress.unlink(missing_ok=True)
+
+    ranks.on_main(finish)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

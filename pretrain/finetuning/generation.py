@@ -59,12 +59,12 @@ def generate(
     model.module.eval()
     search = _greedy if options.beams == 1 else _beam_search
     texts: dict[int, np.ndarray] = {}
-    for rows in _batches(inputs, options.lanes // options.beams, one_length=model.one_length):
+    for rows in batches(inputs, options.lanes // options.beams, one_length=model.one_length):
         texts |= zip(rows, search(model, [inputs[row] for row in rows], options), strict=True)
     return [texts[row] for row in range(len(inputs))]
 
 
-def _batches(inputs: Sequence[np.ndarray], size: int, *, one_length: bool) -> list[list[int]]:
+def batches(inputs: Sequence[np.ndarray], size: int, *, one_length: bool) -> list[list[int]]:
     """Rows of at most `size` inputs of like, or of one, length; the longest first, so that a batch
     that does not fit is met at once."""
     batches: list[list[int]] = []

@@ -47,10 +47,9 @@ def micro_batches(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
         lengths: (n,) tokens of the batch's examples.
         tokens: of a part, pads counted.
     """
-    parts: list[list[int]] = [[]]
+    parts: list[list[int]] = []
     for position in np.argsort(-lengths, kind="stable").tolist():
-        part = parts[-1]
-        if part and (len(part) + 1) * int(lengths[part[0]]) > tokens:
-            parts.append(part := [])
-        part.append(position)
+        if not parts or (len(parts[-1]) + 1) * int(lengths[parts[-1][0]]) > tokens:
+            parts.append([])
+        parts[-1].append(position)
     return [np.array(part) for part in parts]

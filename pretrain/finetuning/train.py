@@ -3,6 +3,9 @@
 A plain torch loop with the project's own parameter groups, clipping and schedule. A killed training
 goes on at its last look at validation, on the same batches in the same order: nothing else in it is
 random.
+
+Several ranks share each batch by rows and sum their gradients; the loss is a mean over all of the
+batch's targets, so neither their number nor who has which row changes more than rounding.
 """
 
 import math
@@ -10,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import OptimConfig, ScheduleConfig
+from pretrain.dealing import deal
 from pretrain.finetuning.interface import Pairs, TrainableModel
 from pretrain.finetuning.order import batches, micro_batches
+from pretrain.finetuning.ranks import Ranks
 from pretrain.training.optim import parameter_groups, schedule_factor
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class TrainOptions:
         learning_rate: of all parameters, state-space ones included.
         weight_decay: of matrices.
         warmup_fraction: of the steps; then a cosine to a tenth.
-        micro_batch_tokens: that are read at one time, pads counted; changes sums by rounding only.
+        micro_batch_tokens: that a rank reads at one time, pads counted; changes sums by rounding
+            only.
     """
 
     steps: int
@@ -55,17 +64,19 @@ def train(
     seed: int,
     progress: Path,
     report: Callable[[dict[str, float]], None] = lambda check: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Trains; the model then has the weights of the best look at validation.
 
     Args:
-        model: to start from; changed.
+        model: to start from, the same in all ranks; changed, likewise.
         pairs: of training.
-        validate: scores the model as it is, higher is better.
+        validate: scores the model as it is, higher is better, in all ranks alike.
         options: of the training.
         seed: of the order of examples.
-        progress: file that an interrupted training leaves and continues from.
+        progress: file that an interrupted training leaves and continues from; rank 0 writes it.
         report: is told of every look at validation.
+        ranks: that train together, and all call this.
 
     Returns:
         `validation`, the best score, None if training diverged before; `step` that had it; `steps`
@@ -74,6 +85,8 @@ def train(
 
     Raises:
         ValueError: fewer training examples than a batch.
+        SharedError: rank 0 cannot write `progress`.
+        RankLost: another rank failed.
     """
     began, tokens = time.perf_counter(), 0
     optim = OptimConfig(
@@ -101,7 +114,7 @@ def train(
         factor = schedule_factor(step, options.steps, schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        loss, read = _step(model, pairs.take(next(order)), optimizer, optim, options)
+        loss, read = _step(model, pairs.take(next(order)), optimizer, optim, options, ranks)
         tokens += read
         if step % options.check_every and step != options.steps:
             continue
@@ -114,7 +127,7 @@ def train(
             weights = {key: value.clone() for key, value in model.module.state_dict().items()}
             best = {"validation": history[-1]["validation"], "step": step, "weights": weights}
             worse = 0
-        content = {
+        content: dict[str, Any] = {
             "model": model.module.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
@@ -122,8 +135,7 @@ def train(
             "history": history,
             "best": best,
         }
-        torch.save(content, progress.with_suffix(".partial"))
-        os.replace(progress.with_suffix(".partial"), progress)
+        ranks.on_main(partial(replace_file, progress, content))
     if "weights" in best:
         model.module.load_state_dict(best["weights"])
     return {
@@ -133,8 +145,15 @@ def train(
         "diverged": not math.isfinite(history[-1]["loss"]),
         "history": history,
         "seconds": round(time.perf_counter() - began, 1),
-        "tokens": tokens,
+        "tokens": sum(ranks.gather(tokens)),
     }
+
+
+def replace_file(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save` in one move: a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".partial")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
 
 
 def _step(
@@ -143,16 +162,18 @@ def _step(
     optimizer: torch.optim.Optimizer,
     optim: OptimConfig,
     options: TrainOptions,
+    ranks: Ranks,
 ) -> tuple[Tensor, int]:
-    """One optimizer step: the loss before it, nats per target, and the tokens read. Nothing here
-    waits for a GPU."""
+    """One optimizer step: the loss before it, nats per target, and the tokens that this rank read.
+    Nothing here waits for a GPU."""
     model.module.train()
     n_targets = model.n_targets(batch)
     n_tokens = int(batch.lengths().sum())
+    mine = batch.take(deal(batch.lengths().tolist(), ranks.size)[ranks.rank])
     total, read = torch.zeros((), device=model.device), 0
     statistics: dict[str, Tensor] = {}
-    for rows in micro_batches(batch.lengths(), options.micro_batch_tokens):
-        loss = model.loss(batch.take(rows))
+    for rows in micro_batches(mine.lengths(), options.micro_batch_tokens):
+        loss = model.loss(mine.take(rows))
         objective = loss.loss_sum / n_targets
         for name, value in loss.aux.items():
             if name.endswith("_loss"):  # summed over tokens
@@ -162,8 +183,14 @@ def _step(
         objective.backward()
         total += loss.loss_sum.detach()
         read += loss.n_tokens
-    nn.utils.clip_grad_norm_(model.module.parameters(), optim.grad_clip)
+    parameters = dict(model.module.named_parameters())
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    for name, gradient in ranks.sum(found, model.device).items():
+        parameters[name].grad = gradient
+    nn.utils.clip_grad_norm_(parameters.values(), optim.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    model.update_buffers(statistics)
+    sums = ranks.sum({**statistics, "loss": total}, model.device)
+    total = sums.pop("loss")
+    model.update_buffers(sums)
     return total / n_targets, read

@@ -1,7 +1,6 @@
 """The command end to end on a task that can be learned, its table, its resumption, its errors."""
 
 import json
-import random
 import sys
 
 import pytest
@@ -10,36 +9,8 @@ import torch
 from data.folder_lock import lock_folder
 from evals.downstream import outputs
 from launch import finetune
-
-MODEL = """
-model:
-  d_model: 16
-  n_layers: 1
-  layers: {default: swa}
-  mixers: {swa: {n_heads: 2, window_size: 16}}
-  d_ff: 32
-  init_std: 0.3
-"""
-
-
-ENCODER_DECODER = """
-model:
-  d_model: 16
-  n_layers: 1
-  layers: {default: attention}
-  mixers: {attention: {n_heads: 2}}
-  encoder: {n_layers: 1, layers: {default: swa}, mixers: {swa: {n_heads: 2, window_size: 16}}}
-  cross_attention: {n_heads: 2}
-  d_ff: 32
-  init_std: 0.3
-objective: span
-data: {mode: windows}
-"""
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from pretrain.finetuning.ranks import Ranks
+from tests.launch.last_letter import ENCODER_DECODER, MODEL, WORDS, write, write_examples
 
 
 @pytest.fixture
@@ -47,33 +18,8 @@ def words(tmp_path, monkeypatch):
     """A command line: is the last letter an a or a b? Test answers are mostly a."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(MODEL)
-    chance = random.Random(0)
-
-    def rows(n):
-        texts = ["".join(chance.choices("xyz", k=chance.randint(1, 5))) for _ in range(n)]
-        ends = [chance.choice("aab") for _ in texts]
-        return [{"text": t + e, "label": e} for t, e in zip(texts, ends, strict=True)]
-
-    for name, n in {"train": 90, "validation": 20, "test": 30}.items():
-        write(tmp_path / f"{name}.jsonl", rows(n))
-    return {
-        "model": str(tmp_path / "tiny.yaml"),
-        "tokenizer": "bytes",
-        "task": "jsonl",
-        "train": "train.jsonl",
-        "validation": "validation.jsonl",
-        "test": "test.jsonl",
-        "input_field": "text",
-        "target_field": "label",
-        "metrics": "accuracy",
-        "out": "out",
-        "seeds": "1",
-        "batch_size": "16",
-        "steps": "4",
-        "check_every": "2",
-        "learning_rate": "1e-2",
-        "device": "cpu",
-    }
+    write_examples(tmp_path)
+    return {"model": str(tmp_path / "tiny.yaml"), "out": "out", **WORDS}
 
 
 def run(words, **changes):
@@ -314,6 +260,7 @@ def test_a_folder_keeps_its_labels(words, tmp_path, capsys):
     assert "labels are others, e.g. 'c'" in told
 
 
-def test_several_processes_are_refused(words, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "fine-tuning runs in one process" in complaint(capsys, words)
+def test_several_processes_are_not_put_on_one_gpu(words):
+    told = [f"{key}={value}" for key, value in {**words, "device": "cuda:0"}.items()]
+    with pytest.raises(ValueError, match="device=cuda:0: 2 processes need one each"):
+        finetune.prepare(told, Ranks(0, 2))

@@ -37,3 +37,4 @@ def test_micro_batches_hold_every_example_once_within_their_bound():
     for part in parts:
         assert len(part) == 1 or len(part) * lengths[part].max() <= 60
     assert len(micro_batches(lengths, 10**6)) == 1
+    assert micro_batches(lengths[:0], 60) == []
