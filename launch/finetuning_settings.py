@@ -46,6 +46,7 @@ class FinetuneArguments:
     micro_batch_tokens: int = 65536  # of each process
     check_every: int = 0  # steps; default: an epoch
     patience: int = 3
+    dropout: float | None = None  # default: the run's, or the model's
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
     warmup_fraction: float = 0.05
@@ -111,7 +112,7 @@ def starting_point(arguments: FinetuneArguments, model_words: list[str]) -> Star
     if arguments.init not in ("pretrained", "random"):
         raise ValueError(f"init={arguments.init} is not known; use pretrained or random")
     if not arguments.run:
-        return untrained(model_words, arguments.tokenizer)
+        return untrained(model_words, arguments.tokenizer, arguments.dropout)
     if model_words:
         raise ValueError(f"{model_words[0]}: run={arguments.run} has its own; leave it out")
     return from_run(
@@ -119,6 +120,7 @@ def starting_point(arguments: FinetuneArguments, model_words: list[str]) -> Star
         tag=arguments.tag,
         tokenizer=arguments.tokenizer,
         random=arguments.init == "random",
+        dropout=arguments.dropout,
     )
 
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def parse(kind: type, words: list[str]) -> Any:
-    """Turns `key=value` words into a dataclass of str, int, float and bool fields.
+    """Turns `key=value` words into a dataclass of str, bool, int and float fields, of which the last
+    two may be None by default.
 
     Raises:
         ValueError: a word is no key=value, its key is not known, or its value has the wrong type.
@@ -29,7 +30,7 @@ def parse(kind: type, words: list[str]) -> Any:
                 problems.append(f"{word}: use true or false")
         elif known[key].type is str:
             values[key] = text
-        elif known[key].type is float:
+        elif known[key].type in (float, float | None):
             try:
                 values[key] = float(text)
             except ValueError:

@@ -81,7 +81,9 @@ class StartingPoint:
         return model.to(device)
 
 
-def from_run(run: Path, *, tag: str, tokenizer: str, random: bool) -> StartingPoint:
+def from_run(
+    run: Path, *, tag: str, tokenizer: str, random: bool, dropout: float | None
+) -> StartingPoint:
     """The model of a run, with its weights or, as a control, without.
 
     Args:
@@ -89,6 +91,7 @@ def from_run(run: Path, *, tag: str, tokenizer: str, random: bool) -> StartingPo
         tag: of the checkpoint.
         tokenizer: "bytes" or a .model file; "": the one of the corpus that the run read.
         random: leave the weights out.
+        dropout: of the fine-tuning; None: the run's.
 
     Raises:
         ValueError: there is no such run, or the tokenizer is another one.
@@ -106,15 +109,18 @@ def from_run(run: Path, *, tag: str, tokenizer: str, random: bool) -> StartingPo
     weights = None if random else model.state_dict()
     start = start_id(config.data.mode, config.data.boundary)
     facts = {"run": str(run), "checkpoint": Path(checkpoint["path"]).name}
+    if dropout is not None:
+        config.model.dropout = dropout
     return _starting_point(config.model, weights, found, start, facts)
 
 
-def untrained(words: list[str], tokenizer: str) -> StartingPoint:
+def untrained(words: list[str], tokenizer: str, dropout: float | None) -> StartingPoint:
     """A model that has seen nothing.
 
     Args:
         words: `model=NAME` and `model.KEY=VALUE`, as launch/train.py takes them.
         tokenizer: "bytes" or a .model file.
+        dropout: of the training; None: the model's.
 
     Raises:
         ValueError: there is no such model or tokenizer.
@@ -124,6 +130,8 @@ def untrained(words: list[str], tokenizer: str) -> StartingPoint:
     found = load_tokenizer(tokenizer)
     config = load_config(words).model
     config.vocab_size = config.vocab_size or found.vocab_size
+    if dropout is not None:
+        config.dropout = dropout
     return _starting_point(config, None, found, BOS_ID, {"model": " ".join(words)})
 
 

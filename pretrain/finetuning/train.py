@@ -1,11 +1,12 @@
 """Trains a model on pairs and keeps the weights that do best on validation.
 
 A plain torch loop with the project's own parameter groups, clipping and schedule. A killed training
-goes on at its last look at validation, on the same batches in the same order: nothing else in it is
-random.
+goes on at its last look at validation, with the same batches and masks of dropout: nothing else in
+it is random.
 
 Several ranks share each batch by rows and sum their gradients; the loss is a mean over all of the
-batch's targets, so neither their number nor who has which row changes more than rounding.
+batch's targets, so neither their number nor who has which row changes more than rounding; but
+dropout's masks are each rank's own.
 """
 
 import math
@@ -26,6 +27,7 @@ from pretrain.finetuning.interface import Pairs, TrainableModel
 from pretrain.finetuning.order import batches, micro_batches
 from pretrain.finetuning.ranks import Ranks
 from pretrain.training.optim import parameter_groups, schedule_factor
+from pretrain.training.random_state import step_seed
 
 ALONE = Ranks()
 
@@ -73,7 +75,7 @@ def train(
         pairs: of training.
         validate: scores the model as it is, higher is better, in all ranks alike.
         options: of the training.
-        seed: of the order of examples.
+        seed: of the order of examples and of dropout's masks.
         progress: file that an interrupted training leaves and continues from; rank 0 writes it.
         report: is told of every look at validation.
         ranks: that train together, and all call this.
@@ -114,6 +116,7 @@ def train(
         factor = schedule_factor(step, options.steps, schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+        torch.manual_seed(step_seed(seed, step, ranks.rank))
         loss, read = _step(model, pairs.take(next(order)), optimizer, optim, options, ranks)
         tokens += read
         if step % options.check_every and step != options.steps:

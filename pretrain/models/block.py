@@ -33,6 +33,7 @@ class Block(nn.Module):
         d_model: model width.
         d_ff: hidden width of the MLP.
         mlp: a name of `MLPS`.
+        dropout: of what is added to the residual stream.
 
     Attributes:
         reads_memory: True where forward takes `memory`, an encoder's output.
@@ -40,13 +41,23 @@ class Block(nn.Module):
 
     reads_memory: ClassVar[bool] = False
 
-    def __init__(self, kind: str, mixer: TokenMixer, *, d_model: int, d_ff: int, mlp: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        mixer: TokenMixer,
+        *,
+        d_model: int,
+        d_ff: int,
+        mlp: str,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.mixer_norm = RMSNorm(d_model)
         self.mixer = mixer
         self.mlp_norm = RMSNorm(d_model)
         self.mlp = MLPS[mlp](d_model, d_ff)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
         self,
@@ -59,7 +70,7 @@ class Block(nn.Module):
         """x (B, T, D); state and resets as in `TokenMixer.forward`; counted (B, T) bool; padding
         (B, T) bool, for encoders."""
         x, state, aux = self.mix(x, state, resets, counted, padding)
-        return BlockOutput(x + self.mlp(self.mlp_norm(x)), state, aux)
+        return BlockOutput(x + self.dropout(self.mlp(self.mlp_norm(x))), state, aux)
 
     def mix(
         self,
@@ -74,7 +85,7 @@ class Block(nn.Module):
         if padding is not None:
             extra["padding"] = padding
         mixed = self.mixer(self.mixer_norm(x), state, resets=resets, **extra)
-        x = x + (mixed.y if mixed.gate is None else mixed.gate * (mixed.y - x))
+        x = x + self.dropout(mixed.y if mixed.gate is None else mixed.gate * (mixed.y - x))
         return BlockOutput(x, mixed.state, mixed.aux)
 
 

@@ -94,6 +94,9 @@ class LanguageModelConfig:
         d_ff: hidden width of the MLP; 0: 8/3 d_model rounded up to a multiple of 64.
         tie_embeddings: the head uses the embedding matrix.
         scale_logits: the head's input is divided by sqrt(d_model), as T5's is where it is tied.
+        dropout: of the embeddings and of what mixers, cross-attention and MLPs add to the residual
+            stream (Vaswani et al. 2017, 1706.03762, 5.4). Masks depend on the number of processes
+            and on micro-batches; a resumed run draws those of its step again.
         init_std: of embeddings and weights; projections onto the residual stream are smaller by
             1 / sqrt(2 n_layers).
         residual_in_fp32: False: the residual stream has autocast's dtype, which rounds every sum
@@ -117,6 +120,7 @@ class LanguageModelConfig:
     d_ff: int = 0
     tie_embeddings: bool = True
     scale_logits: bool = False
+    dropout: float = 0.0
     init_std: float = 0.02
     residual_in_fp32: bool = True
     loss_chunk_size: int = 4096
@@ -158,6 +162,8 @@ class LanguageModelConfig:
         for name in ("vocab_size", "d_ff", "reset_grid", "init_std"):
             if getattr(self, name) < 0:
                 found.append(f"model.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.dropout < 1:
+            found.append(f"model.dropout={self.dropout}: must be at least 0 and less than 1")
         if self.mlp not in MLPS:
             found.append(f"model.mlp={self.mlp!r} is unknown: choose from {', '.join(MLPS)}")
         try:

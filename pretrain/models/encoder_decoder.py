@@ -8,7 +8,7 @@ width. Layers are counted through, the encoder's first: in `aux`, in tables and 
 
 SPADE's (Zuo et al. 2022, 2212.08136) is one choice of mixers: encoder layer 0 `spade`, the others
 `swa`, the decoder `attention`. With `attention` everywhere, T5's bias and unscaled scores it is T5
-(Raffel et al. 2020, 1910.10683), up to dropout.
+(Raffel et al. 2020, 1910.10683), up to where dropout is.
 """
 
 from itertools import chain
@@ -40,6 +40,7 @@ class DecoderBlock(Block):
         d_model: model width.
         d_ff: hidden width of the MLP.
         mlp: a name of `MLPS`.
+        dropout: of what is added to the residual stream.
     """
 
     reads_memory = True
@@ -53,8 +54,9 @@ class DecoderBlock(Block):
         d_model: int,
         d_ff: int,
         mlp: str,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(kind, mixer, d_model=d_model, d_ff=d_ff, mlp=mlp)
+        super().__init__(kind, mixer, d_model=d_model, d_ff=d_ff, mlp=mlp, dropout=dropout)
         self.cross_norm = RMSNorm(d_model)
         self.cross = cross
 
@@ -70,8 +72,8 @@ class DecoderBlock(Block):
         """x (B, T, D); memory and padding (B, S) bool as in `CrossAttention.forward`."""
         assert memory is not None
         x, state, aux = self.mix(x, state, resets, counted)
-        x = x + self.cross(self.cross_norm(x), memory, padding)
-        return BlockOutput(x + self.mlp(self.mlp_norm(x)), state, aux)
+        x = x + self.dropout(self.cross(self.cross_norm(x), memory, padding))
+        return BlockOutput(x + self.dropout(self.mlp(self.mlp_norm(x))), state, aux)
 
 
 class DecoderState(NamedTuple):
@@ -119,10 +121,12 @@ class EncoderDecoder(nn.Module):
             "d_model": config.d_model,
             "d_ff": config.feed_forward_size,
             "mlp": config.mlp,
+            "dropout": config.dropout,
         }
         self.embedding = TokenEmbedding(
             config.vocab_size, config.d_model, residual_in_fp32=config.residual_in_fp32
         )
+        self.dropout = nn.Dropout(config.dropout)
         self.encoder_blocks = nn.ModuleList(
             Block(name, config.build_encoder_mixer(name), **sizes)
             for name in config.encoder_layer_names()
@@ -205,7 +209,7 @@ class EncoderDecoder(nn.Module):
             fresh = (None,) * self.config.n_layers
             padding = None if encoder_mask is None else ~encoder_mask
             state = DecoderState(fresh, (memory,) * self.config.n_layers, padding)
-        x, states = self.embedding(tokens), []
+        x, states = self.dropout(self.embedding(tokens)), []
         for index, block in enumerate(self._decoder()):
             output = self._run(
                 block, x, state.layers[index], None, loss_mask, state.padding, state.memory[index]
@@ -235,7 +239,7 @@ class EncoderDecoder(nn.Module):
         Returns:
             (B, S, D), normed; it means nothing where no token stands. And what the mixers report.
         """
-        x, padding = self.embedding(encoder_tokens), None
+        x, padding = self.dropout(self.embedding(encoder_tokens)), None
         if encoder_mask is not None:
             padding = ~encoder_mask
         aux: dict[str, Tensor] = {}

@@ -117,6 +117,7 @@ class LanguageModel(nn.Module):
         self.embedding = TokenEmbedding(
             config.vocab_size, config.d_model, residual_in_fp32=config.residual_in_fp32
         )
+        self.dropout = nn.Dropout(config.dropout)
         blocks = [
             Block(
                 name,
@@ -124,6 +125,7 @@ class LanguageModel(nn.Module):
                 d_model=config.d_model,
                 d_ff=config.feed_forward_size,
                 mlp=config.mlp,
+                dropout=config.dropout,
             )
             for name in config.layer_names()
         ]
@@ -174,7 +176,7 @@ class LanguageModel(nn.Module):
             loss_mask: (B, T) bool, True where the target counts; None: everywhere.
             per_token: also return the NLL of every token.
         """
-        x = self.embedding(tokens)
+        x = self.dropout(self.embedding(tokens))
         states: list[Any] = []
         aux: dict[str, Tensor] = {}
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()

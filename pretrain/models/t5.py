@@ -4,8 +4,9 @@
     model.load_state_dict(t5_weights(state_dict))
 
 Both versions: the first (relu, tied head behind a scale) and 1.1 (gated gelu, a head of its own).
-There is no dropout here. Token ids are T5's own, which no tokenizer of `data` gives: end of text is
-1, spans count down from the last of the vocabulary's 32,100.
+Theirs drops attention weights and the MLP's inside as well; here it is `model.dropout`, 0 unless it
+is set. Token ids are T5's own, which no tokenizer of `data` gives: end of text is 1, spans count
+down from the last of the vocabulary's 32,100.
 """
 
 from collections.abc import Mapping

@@ -198,6 +198,8 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
     kinds = {(block.kind, block.reads_memory): block for block in model.blocks}  # type: ignore[union-attr]
     segments = ("first", "second") if config.train.carry_state else ("first",)
     for (kind, reads_memory), block in kinds.items():
+        if config.model.dropout:
+            block.eval()  # compiled code draws other masks
         states = [None, None]
         read = {"memory": torch.randn(shape, device=device)} if reads_memory else {}
         for segment in segments:
@@ -216,6 +218,7 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
                     f"or another torch"
                 )
             states = [map_state(Tensor.detach, output.state) for output in (want, got)]
+        block.train()
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -1,5 +1,6 @@
-"""Random generators left as they were found, whatever ran in between."""
+"""Seeds of steps, and random generators left as they were found, whatever ran in between."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,3 +20,9 @@ def preserved_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for a step of a rank, so that a resumed run draws the same dropout masks."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

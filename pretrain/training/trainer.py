@@ -9,7 +9,6 @@ ranks, so the local sum is multiplied by ranks x accumulation / global valid tok
 Nothing in a step reads a device value on the host, except what `take_step` needs to skip.
 """
 
-import hashlib
 import math
 import signal
 import time
@@ -31,7 +30,7 @@ from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.optim import schedule_factor
 from pretrain.training.plan import train_flops_per_token
 from pretrain.training.profiling import StepProfiler
-from pretrain.training.random_state import preserved_random_state
+from pretrain.training.random_state import preserved_random_state, step_seed
 
 AnyBatch = Batch | EncoderDecoderBatch
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -174,7 +173,7 @@ class Trainer:
         """
         engine, config = self.engine, self.config
         self._set_learning_rates()
-        torch.manual_seed(self._seed())
+        torch.manual_seed(step_seed(config.seed, self.step, self.world.rank))
         micro_batches = [_to_device(batch, self.world.device) for batch in micro_batches]
         valid = torch.stack([batch.loss_mask.sum() for batch in micro_batches]).sum()
         asked = torch.tensor(self.stop_requested, dtype=valid.dtype, device=self.world.device)
@@ -218,11 +217,6 @@ class Trainer:
         factor = schedule_factor(after, train.total_tokens, self.config.schedule)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-
-    def _seed(self) -> int:
-        """A seed for this step and rank, so that a resumed run draws the same dropout masks."""
-        text = f"{self.config.seed} {self.step} {self.world.rank}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _count_skips(self, applied: bool) -> None:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1

@@ -97,9 +97,11 @@ def test_what_is_done_is_not_done_again_and_more_seeds_are_added(words, tmp_path
     assert trained == [1]
 
 
-@pytest.mark.parametrize("head", ["text", "classifier"])
-def test_a_killed_command_ends_like_one_that_was_not(head, words, tmp_path, monkeypatch):
-    words |= {"head": head}
+@pytest.mark.parametrize(
+    ("head", "dropout"), [("text", "0.2"), ("classifier", "0.2"), ("text", "0")]
+)
+def test_a_killed_command_ends_like_one_that_was_not(head, dropout, words, tmp_path, monkeypatch):
+    words |= {"head": head, "dropout": dropout}
     assert run(words, steps="6") == 0
     calls, score = [], finetune.contributions
 
@@ -120,6 +122,18 @@ def test_a_killed_command_ends_like_one_that_was_not(head, words, tmp_path, monk
     assert histories[0] == histories[1]
     weights = [torch.load(f / "best.pt", weights_only=True) for f in (whole, resumed)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_dropout_is_set_for_the_fine_tuning_and_changes_it(words, tmp_path, capsys):
+    words |= {"steps": "2"}
+    losses = []
+    for out, dropout in (("none", {}), ("zero", {"dropout": "0"}), ("some", {"dropout": "0.5"})):
+        assert run(words, out=out, **dropout) == 0
+        result = json.loads((tmp_path / out / "seed_0/result.json").read_text())
+        losses.append([check["loss"] for check in result["history"]])
+    assert losses[0] == losses[1] != losses[2]
+    assert run(words, out="more", dropout="1") == 2
+    assert "model.dropout=1.0: must be at least 0 and less than 1" in capsys.readouterr().err
 
 
 def test_several_fine_tunings_make_one_table_and_other_tests_none(words, tmp_path, capsys):
