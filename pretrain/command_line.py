@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def parse(kind: type, words: list[str]) -> Any:
-    """Turns `key=value` words into a dataclass of str, bool, int and float fields, of which the last
-    two may be None by default.
+    """Turns `key=value` words into a dataclass of str, bool, int and float fields; the last two may
+    be None by default.
 
     Raises:
         ValueError: a word is no key=value, its key is not known, or its value has the wrong type.
