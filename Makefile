@@ -39,7 +39,7 @@ test: lint
 	@$(RUN) OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadscope
 
 test-slow: $(VENV)/ready
-	@$(RUN) OMP_NUM_THREADS=1 pytest -m "slow and not gpu and not browser" --timeout=3600
+	@$(RUN) OMP_NUM_THREADS=1 pytest -m "slow and not gpu and not browser and not peers" --timeout=3600
 
 # Opens the report page in an installed Chromium; screenshots go to test-artefacts/.
 test-browser: $(VENV)/ready

@@ -5,9 +5,9 @@
 
 A step is forward, backward, clipping, fused AdamW and zero_grad on random tokens, one micro-batch
 of `tokens` at every length (at least one sequence). FLOPs by the convention of
-`LanguageModel.flops_per_token`; for peers see peers.py. Keys:
+`LanguageModel.flops_per_token`; for peers see peer_models.py. Keys:
 
-    models=, peers=   names of configs/model or paths; peers of peers.py; either may be empty
+    models=, peers=   names of configs/model or paths; of peer_models.py; either may be empty
     like=             the model whose size the peers take; default: the first of models
     lengths=          tokens per sequence
     tokens=           of a micro-batch; auto: 8k to 128k, until memory ends, and the best is shown

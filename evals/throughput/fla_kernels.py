@@ -1,11 +1,13 @@
 """Makes flash-linear-attention's models run where packages with CUDA extensions are not installed.
 
 Its Transformer wants flash-attn: torch brings the same FlashAttention-2 kernels, with windows, as
-`aten._flash_attention_forward`. Its Mamba-2 wants mamba-ssm, whose Triton kernels need no build but
-are not importable without it, and causal-conv1d, for which flash-linear-attention has a Triton
-kernel. Written for flash-linear-attention and fla-core 0.6.0, mamba-ssm 2.3.2.
+`aten._flash_attention_forward`. Its Mamba-2, and mamba-ssm's own, want mamba-ssm, whose Triton
+kernels need no build but are not importable without it, and causal-conv1d, for which
+flash-linear-attention has a Triton kernel. Written for flash-linear-attention and fla-core 0.6.0,
+mamba-ssm 2.3.2.
 """
 
+import importlib
 import importlib.util
 import sys
 from types import ModuleType
@@ -69,8 +71,13 @@ class _WindowFlashAttention(torch.autograd.Function):
         return *gradients, None
 
 
-def provide_mamba_scan() -> None:
-    """Lets `fla.layers.mamba2` use mamba-ssm's Triton scan beside fla's Triton convolution."""
+def provide_mamba_scan(layers: str) -> None:
+    """Lets a module of Mamba-2 layers use mamba-ssm's Triton scan beside fla's Triton convolution,
+    unless causal-conv1d is installed, with which mamba-ssm fuses both.
+
+    Args:
+        layers: "fla.layers.mamba2" or "mamba_ssm.modules.mamba2".
+    """
     check()
     spec = importlib.util.find_spec("mamba_ssm")
     if spec is None:
@@ -84,10 +91,12 @@ def provide_mamba_scan() -> None:
         package.__path__ = list(spec.submodule_search_locations or [])
         package.__spec__ = spec
         sys.modules["mamba_ssm"] = package
-    import fla.layers.mamba2 as layers
-
-    if layers.causal_conv1d_fn is None:
-        layers.mamba_split_conv1d_scan_combined = split_conv_scan
+    extension = "selective_scan_cuda"  # Mamba-1's: models import it, no Mamba-2 calls it
+    if extension not in sys.modules and importlib.util.find_spec(extension) is None:
+        sys.modules[extension] = ModuleType(extension)
+    module = importlib.import_module(layers)
+    if module.causal_conv1d_fn is None:
+        module.mamba_split_conv1d_scan_combined = split_conv_scan  # type: ignore[attr-defined]
 
 
 def split_conv_scan(

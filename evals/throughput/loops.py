@@ -70,10 +70,13 @@ def run_loop(measurement: Measurement, clock: StepClock, say: Say) -> dict[str, 
 
 
 def build(m: Measurement, config: RunConfig, device: torch.device, say: Say) -> Candidate:
-    """The model, its blocks compiled and checked."""
+    """The model, its blocks compiled and checked; a peer is seen to be causal, ours are by test."""
     say("building")
     kind: Callable[..., Candidate] = Peer if m.is_peer else LongspanModel
     candidate = kind(m, config, device)
+    if isinstance(candidate, Peer):
+        with _precision(m, config, device):
+            candidate.check_causal()
     if m.compile:
         say("compiling, and comparing compiled blocks with eager ones")
         with _precision(m, config, device):

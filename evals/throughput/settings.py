@@ -8,10 +8,16 @@ from typing import Any
 
 from pretrain.config import RunConfig, load_config
 
-PEERS = ("llama", "llama_cudnn", "fla_swa", "fla_gla", "fla_mamba2")
+PEERS = (
+    *("llama", "llama_cudnn", "fla_swa", "fla_gla", "fla_mamba2", "mamba_ssm"),
+    *("mega_pytorch", "block_recurrent_pytorch"),
+)
 LOOPS = ("plain", "deepspeed", "trainer")
 PRECISIONS = ("bf16", "fp32", "bf16_weights")
-DISTRIBUTIONS = ("torch", "triton", "deepspeed", "transformers", "flash-linear-attention")
+DISTRIBUTIONS = (
+    *("torch", "triton", "deepspeed", "transformers", "flash-linear-attention", "mamba-ssm"),
+    *("causal-conv1d", "Mega-pytorch", "block-recurrent-transformer-pytorch"),
+)
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 

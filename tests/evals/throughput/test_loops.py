@@ -10,7 +10,8 @@ import torch
 from evals.throughput import worker
 from evals.throughput.clock import MAX_STEPS, MIN_STEPS, WARM_UP, StepClock
 from evals.throughput.loops import CheckFailed, check_first_step
-from evals.throughput.peers import Peer, mean_visible
+from evals.throughput.peer_models import mean_visible
+from evals.throughput.peers import Peer
 from pretrain.config import load_config
 from pretrain.models import LanguageModel
 from tests.evals.throughput.tiny import measurement
