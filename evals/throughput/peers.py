@@ -56,7 +56,7 @@ class Peer:
         tokens = self._random_tokens(1, self.length)
         want = self.backbone.hidden_states(tokens)
         # Early, where a single key more weighs most, and within a block behind many.
-        for cut in {min(4, self.length // 2), self.length // 2 + self.length // 16}:
+        for cut in {min(4, self.length // 2), self.length // 2 + self.length // 16} - {0}:
             other = self._random_tokens(1, self.length - cut)
             got = self.backbone.hidden_states(torch.cat([tokens[:, :cut], other], 1))
             change = (got - want)[:, :cut].float().norm(dim=-1)
