@@ -75,6 +75,7 @@ def build(m: Measurement, config: RunConfig, device: torch.device, say: Say) -> 
     kind: Callable[..., Candidate] = Peer if m.is_peer else LongspanModel
     candidate = kind(m, config, device)
     if isinstance(candidate, Peer):
+        say("checking that later tokens change nothing before them")
         with _precision(m, config, device):
             candidate.check_causal()
     if m.compile:

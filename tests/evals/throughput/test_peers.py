@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evals.throughput import peer_models, worker
 from evals.throughput.peer_models import Backbone, ChunkedAttention, Shape, mlp_width
 from evals.throughput.peers import Peer
+from evals.throughput.settings import PEERS
 from pretrain.training.engine import autocast
 from tests.evals.throughput.tiny import measurement
 
@@ -106,6 +107,10 @@ def test_a_peer_that_is_not_installed_says_how_to_install_it(
     assert status.startswith("cannot be imported: ")
     assert f"pip install --no-deps {packages}" in status
     assert "\n" not in status
+
+
+def test_every_peer_can_be_named() -> None:
+    assert set(PEERS) == set(peer_models.BUILDERS)
 
 
 @pytest.mark.parametrize("peer", PACKAGES)
