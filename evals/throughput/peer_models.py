@@ -237,8 +237,8 @@ def mega_pytorch(shape: Shape) -> Backbone:
         from mega_pytorch import Mega
         from mega_pytorch import mega_pytorch as package
 
-    # Of numbers alone; traced, it would end each layer's graph.
-    package.next_fast_len = torch.compiler.assume_constant_result(package.next_fast_len)
+    # Inductor has no complex kernels, and in torch 2.11 a wrong idea of a spectrum's strides.
+    package.conv1d_fft = torch.compiler.disable(package.conv1d_fft)
     d, n = shape.d_model, shape.n_layers
     d_shared, d_value = d // 4, 2 * d
     width = mlp_width(shape, n * (d * d_shared + 2 * d**2 + 3 * d * d_value), matrices=2)
