@@ -44,8 +44,8 @@ class TrainOptions:
         learning_rate: of all parameters, state-space ones included.
         weight_decay: of matrices.
         warmup_fraction: of the steps; then a cosine to a tenth.
-        micro_batch_tokens: that a rank reads at one time, pads counted; changes sums by rounding
-            only.
+        micro_batch_tokens: that a rank reads at one time, pads counted; changes sums by rounding,
+            and dropout's masks.
     """
 
     steps: int

@@ -16,9 +16,9 @@ Known from the released code: the equations, the order in W, the bare SSM, `add`
 weights, windows of the last W tokens and symmetric ones in encoders; the name of the `chunk`
 variant (attention inside of non-overlapping chunks) is the paper's. The released SSM is S4 with
 LegS and 32 pairs of modes, `ssm="s4"`; the default here is the diagonal S4D-LegS, which is cheaper.
-Ours: RMS norms (the released decoder has LayerNorm, its encoder RMS), no dropout, rotary positions
-by default (`position="t5"` is theirs; their encoder has a table per layer), one learning rate for
-all of A, B and dt (theirs: dt at the model's).
+Ours: RMS norms (the released decoder has LayerNorm, its encoder RMS), no dropout in here (see
+`model.dropout`), rotary positions by default (`position="t5"` is theirs; their encoder has a table
+per layer), one learning rate for all of A, B and dt (theirs: dt at the model's).
 """
 
 from typing import Literal, NamedTuple

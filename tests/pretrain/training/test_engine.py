@@ -140,6 +140,17 @@ def test_compiled_blocks_are_checked_with_a_state_where_training_carries_one(
     assert given == expected
 
 
+def test_compiled_blocks_are_checked_without_dropout_and_then_train_with_it() -> None:
+    """Compiled and uncompiled, they draw other masks."""
+    config = load_config(["model=swa_tiny", "model.dropout=0.5", "train.seq_len=64"])
+    config.train.micro_batch_size, config.model.vocab_size = 2, 16
+    model = build_model(config.model)
+    torch._dynamo.reset()
+    compile_blocks(model, backend="eager")
+    verify_compiled(model, config, torch.device("cpu"))
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize(("wide", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_compiled_blocks_are_checked_in_the_dtype_of_their_stream(
     wide: bool, dtype: torch.dtype
