@@ -14,6 +14,7 @@ GEMM operands have the dtype of `u`.
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from pretrain.ops.chunks import chunk_runs, kept_states
 from pretrain.ops.numerics import no_autocast, wide_dtype
-from pretrain.ops.ssm_chunks import ssm_chunks
+from pretrain.ops.ssm_chunks import ssm_chunks, ssm_chunks_of_modes
 
 
 class SSMParameters(NamedTuple):
@@ -73,14 +74,19 @@ def lti_ssm(
     length = u.shape[1]
     runs = chunk_runs(length, chunk_size, resets, edges)
     with no_autocast(u):
-        operators = _chunk_operators(parameters, min(chunk_size, length), wide_dtype(u))
-        s = None if state is None else state.transpose(-1, -2).transpose(0, 1).contiguous()
+        wide = wide_dtype(u)
+        run = _formed_by_kernel if u.is_cuda and u.element_size() < 4 else _formed_by_torch
+        chunks = run(parameters, min(chunk_size, length), wide)
+        if state is None:
+            s = parameters.A_imag.new_zeros(u.shape[2], u.shape[0], parameters.A_imag.shape[1], 2)
+        else:
+            s = state.transpose(-1, -2).transpose(0, 1)
+        s = s.to(wide).contiguous()
         outputs = []
         for start, stop, size in runs:
             keep = kept_states(resets, edges, start, stop, size)
-            y, s = _chunks(u[:, start:stop], operators, s, keep, size)
+            y, s = chunks(u[:, start:stop], s, keep, size)
             outputs.append(y)
-        assert s is not None
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     return y.permute(1, 2, 0), s.transpose(0, 1).transpose(-1, -2)
 
@@ -145,19 +151,38 @@ def toeplitz(taps: Tensor) -> Tensor:
     return rows.reshape(channels, -1)[:, : size * size].view(channels, size, size).triu()
 
 
-def _chunks(
-    u: Tensor, operators: _ChunkOperators, s: Tensor | None, keep: Tensor | None, size: int
-) -> tuple[Tensor, Tensor]:
-    """Whole chunks of `size` tokens. u (B, chunks * size, D), s (D, B, N, 2) -> y (D, B, T), s."""
-    taps, powers, carry_out = operators
-    channels, modes = taps.shape[0], powers.shape[-1] // 2
-    if s is None:
-        s = powers.new_zeros(channels, u.shape[0], modes, 2)
-    carry_in = powers[:, :size].flip(1)  # token j of a chunk has decayed size - 1 - j times
-    outputs = torch.cat([toeplitz(taps[:, :size]), carry_out[:, :, :size]], 1)
-    decay = powers[:, size].view(channels, modes, 2)
-    y, s, _ = ssm_chunks(u, carry_in, outputs, decay, s.to(powers.dtype), keep)
-    return y, s
+# Whole chunks of `size` tokens: u (B, chunks * size, D), s (D, B, N, 2) -> y (D, B, T), s.
+Chunks = Callable[[Tensor, Tensor, Tensor | None, int], tuple[Tensor, Tensor]]
+
+
+def _formed_by_torch(p: SSMParameters, largest: int, dtype: torch.dtype) -> Chunks:
+    taps, powers, carry_out = _chunk_operators(p, largest, dtype)
+
+    def run(u: Tensor, s: Tensor, keep: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+        carry_in = powers[:, :size].flip(1)  # token j of a chunk has decayed size - 1 - j times
+        above = torch.cat([toeplitz(taps[:, :size]), carry_in], 2)
+        below = torch.cat([carry_out[:, :, :size], _rotations(powers[:, size])], 2)
+        return ssm_chunks(u, torch.cat([above, below], 1), s, keep)[:2]
+
+    return run
+
+
+def _rotations(z: Tensor) -> Tensor:
+    """(D, 2N) as (re, im) pairs -> (D, 2N, 2N), blocks [[re, im], [-im, re]] on the diagonal."""
+    re, im = z.unflatten(-1, (-1, 2)).unbind(-1)
+    blocks = torch.stack([re, im, -im, re], -1).unflatten(-1, (2, 2))  # (D, N, 2, 2)
+    diagonal = torch.eye(re.shape[1], dtype=z.dtype, device=z.device)[:, None, :, None]
+    return (blocks.unsqueeze(3) * diagonal).flatten(3, 4).flatten(1, 2)
+
+
+def _formed_by_kernel(p: SSMParameters, largest: int, dtype: torch.dtype) -> Chunks:
+    del largest  # each run forms its own
+    modes = *discretise(p, dtype), p.D.to(dtype)
+
+    def run(u: Tensor, s: Tensor, keep: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+        return ssm_chunks_of_modes(u, *modes, s, keep, size)[:2]
+
+    return run
 
 
 @torch.library.custom_op("longspan::chunk_scan", mutates_args=())

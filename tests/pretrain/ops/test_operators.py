@@ -28,9 +28,7 @@ def cases() -> dict[str, tuple]:
         "ssm_chunks": (
             ssm_chunks,
             leaf(B, J * C, D),
-            leaf(D, C, 2 * N),
-            leaf(D, C + 2 * N, C),
-            leaf(D, N, 2),
+            leaf(D, C + 2 * N, C + 2 * N),
             leaf(D, B, N, 2),
         ),
         "ssd_scan": (ssd_scan, leaf(B, J, D, N, C), leaf(B, J, D), leaf(B, D, N, C)),
