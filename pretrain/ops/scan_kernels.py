@@ -68,7 +68,7 @@ def _scan(
             kept = 1.0
             if HAS_KEEP:
                 kept = tl.load(keep + row + j, here, 1).to(s_re.dtype)
-            x += ((x_re, x_im, kept),)
+            x += ((x_re, x_im, kept),)  # type: ignore[assignment]
         for step in tl.static_range(STEPS):
             j = chunks - 1 - first - step if REVERSE else first + step
             here = live & (first + step < chunks)

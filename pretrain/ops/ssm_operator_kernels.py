@@ -74,7 +74,7 @@ def _form(
         out_re, out_im = _times(next_re, next_im, x[None, :], y[None, :])
         place = own + (size + 2 * n)[None, :] * row + t[:, None]
         tl.store(place, out_re.to(narrow), inside)
-        tl.store(place + row, -out_im.to(narrow), inside)
+        tl.store(place + row, (-out_im).to(narrow), inside)
         re, im = _times(re, im, step_re, step_im)
 
     tl.debug_barrier()  # other threads of this program read the taps
