@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 LANES = 64
-STEPS = 32
+STEPS = 16
 TILE = 64
 
 
