@@ -79,6 +79,21 @@ def test_fast_forms_equal_the_recurrence(
     assert got[1].dtype == leaves[0].dtype
 
 
+@pytest.mark.parametrize("output", [0, 1], ids=["y", "state"])
+def test_a_gradient_of_one_output_alone(output: int) -> None:
+    u, leaves = problem(21, torch.float64, True)
+    got, want = (
+        torch.autograd.grad(
+            form(u, SSMParameters(*leaves[:5]), leaves[5], chunk_size=CHUNK)[output].sin().sum(),
+            [u, *leaves],
+            materialize_grads=True,
+        )
+        for form in (lti_ssm, lti_ssm_naive)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_chunk_size_changes_nothing_but_rounding() -> None:
     u, leaves = problem(50, torch.float64, True)
     outputs = [
