@@ -141,9 +141,9 @@ def _backward(
     width = 2 * d_s.shape[2]
     size = matrix.shape[1] - width
     d_rows = torch.empty_like(rows)
-    d_x, d_local = d_rows.split([size, width], 2)
-    _transpose(d_y.permute(1, 2, 0), d_x)
-    d_before = _wide_product(d_x, matrix[:, size:, :size].mT, d_s.dtype)
+    d_out, d_local = d_rows.split([size, width], 2)
+    _transpose(d_y.permute(1, 2, 0), d_out)
+    d_before = _wide_product(d_out, matrix[:, size:, :size].mT, d_s.dtype)
     d_start = _scan(d_before, chunk_decay, d_s, keep, d_local, reverse=True)
     d_u = torch.bmm(d_rows, matrix[:, :size].mT).view(d_y.shape)
     return d_u, _wide_product(rows.mT, d_rows, d_s.dtype), d_start
