@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.mixers.base import Clock, MixerOutput, TokenMixer
 from pretrain.ops.masked_attention import masked_attention
-from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.qkv_heads import prepare_qkv
 from pretrain.ops.relative_bias import SharedT5Bias, toeplitz_bias
 
 # Rows of the score matrix that are alive at once where a mask is needed.
@@ -132,12 +132,14 @@ class Attention(TokenMixer):
     ) -> MixerOutput:
         self.check_sides(state, resets, padding)
         clock = self.clock(x, state, resets)
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
         cached = 0 if state is None else state.k.shape[1]
-        normalize, base = self.qk_scale is not None, self.rotary_base
-        start = cached if self.position_bias is None else None
-        q = prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=start, base=base)
-        k = prepare_heads(k, normalize=normalize, start=start, base=base)
+        heads = prepare_qkv(
+            self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)),
+            scale=self.qk_scale,
+            base=self.rotary_base if self.position_bias is None else None,
+            start=cached,
+        )
+        q, k, v = heads.q, heads.k, heads.v
         if not self.causal:
             y = self._attend(q, k, v, None, padding)
             return MixerOutput(self.out_proj(y.flatten(2)), None, aux={})

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from pretrain.mixers.attention import check_heads, position_bias, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
-from pretrain.mixers.swa import last_tokens
 from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.normalization import prepare_heads, rms_norm
 from pretrain.ops.numerics import no_autocast, wide_dtype
+from pretrain.ops.qkv_heads import last_tokens
 from pretrain.ops.state_attention import state_attention
 from pretrain.ops.window_attention import window_attention
 

@@ -43,9 +43,8 @@ from pretrain.mixers.bst_context import (
     SameBlockContext,
 )
 from pretrain.mixers.s4d import DiagonalSSM, Init, check_ssm_options
-from pretrain.mixers.swa import last_tokens
 from pretrain.mixers.unstructured_filters import UnstructuredFilters
-from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.qkv_heads import prepare_qkv
 from pretrain.ops.window_attention import cached_keys, window_attention
 
 
@@ -158,35 +157,37 @@ class BlockStateTransformer(TokenMixer):
         if state is not None and not self.constant_state:
             self._refuse_state()
         clock = self.clock(x, state, resets)
-        q, k, v, q2 = self.qkv_proj(x).unflatten(-1, (4, self.n_heads, self.head_dim)).unbind(2)
+        keep = 0
+        if self.constant_state:
+            seen = (clock.phase + clock.length) % self.block_size
+            keep = cached_keys(self.self_attention, self.block_size, seen)
+        heads = prepare_qkv(
+            self.qkv_proj(x).unflatten(-1, (4, self.n_heads, self.head_dim)),
+            None if state is None else (state.k, state.v),
+            scale=self.qk_scale,
+            base=self.rotary_base if self.position_bias is None else None,
+            keep=keep,
+        )
+        (q2,) = heads.others
         context, tail = self.context(q2, x, clock, state)
-        if state is not None:
-            k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in ((state.k, k), (state.v, v)))
-
-        offset, fresh = clock.phase % self.block_size, clock.fresh_blocks(self.block_size)
-        cached, base = k.shape[1] - q.shape[1], self.rotary_base
         bias = None
         if self.position_bias is not None:
             bias = self.position_bias(torch.arange(2 * self.block_size, device=x.device))
-        starts = (cached, 0) if bias is None else (None, None)
         own = window_attention(
-            prepare_heads(q, normalize=True, scale=self.qk_scale, start=starts[0], base=base),
-            prepare_heads(k, normalize=True, start=starts[1], base=base),
-            v,
+            heads.q,
+            heads.k,
+            heads.v,
             block_size=self.block_size,
             reach=self.self_attention,
-            offset=offset,
-            fresh=fresh,
+            offset=clock.phase % self.block_size,
+            fresh=clock.fresh_blocks(self.block_size),
             scale=1.0,
             bias=bias,
         )
         y = self.out_proj(torch.cat([own, context], 2).flatten(2))
         if not self.constant_state:
             return MixerOutput(y, NoState(*clock.after(x)), aux={})
-        offset = (offset + clock.length) % self.block_size
-        keep = cached_keys(self.self_attention, self.block_size, offset)
-        kept = (last_tokens(part, keep) for part in (k, v))
-        return MixerOutput(y, self._state_type()(*clock.after(x), *kept, *tail), aux={})
+        return MixerOutput(y, self._state_type()(*clock.after(x), *heads.kept, *tail), aux={})
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Any:
         if not self.constant_state:

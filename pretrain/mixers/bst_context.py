@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from pretrain.mixers.attention import qk_scale
 from pretrain.mixers.base import Clock
 from pretrain.mixers.s4d import DiagonalSSM
-from pretrain.mixers.swa import last_tokens
 from pretrain.mixers.unstructured_filters import UnstructuredFilters
 from pretrain.ops.lti_block_ends import lti_block_ends
 from pretrain.ops.lti_ssm import SSMParameters
 from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.qkv_heads import last_tokens
 from pretrain.ops.state_attention import state_attention
 from pretrain.ops.window_attention import window_attention
 

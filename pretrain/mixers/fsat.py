@@ -32,8 +32,8 @@ from pretrain.mixers.attention import check_heads
 from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.ops.cross_pooling import cross_pooling
 from pretrain.ops.indexed_attention import indexed_attention
-from pretrain.ops.normalization import prepare_heads
 from pretrain.ops.numerics import no_autocast, wide_dtype
+from pretrain.ops.qkv_heads import prepare_qkv
 
 
 class Places(nn.Module):
@@ -130,16 +130,9 @@ class FourierSparseAttention(TokenMixer):
 
         pooled = self._pool(x, index, count)
         places = self.places(x + self.cross_proj(F.gelu(pooled)), index, count)
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
-        y = indexed_attention(
-            prepare_heads(q, start=0, base=self.rotary_base),
-            prepare_heads(k, start=0, base=self.rotary_base),
-            v,
-            places,
-            self.log_width,
-            first,
-            count,
-        )
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim))
+        heads = prepare_qkv(qkv, base=self.rotary_base)
+        y = indexed_attention(heads.q, heads.k, heads.v, places, self.log_width, first, count)
         return MixerOutput(self.out_proj(y.flatten(2)), None, aux={})
 
     def _pool(self, x: Tensor, index: Tensor, count: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ from pretrain.mixers.base import MixerOutput, TokenMixer
 from pretrain.mixers.ema import EMAFilter
 from pretrain.mixers.mega import GatedUnit, check_gated_options
 from pretrain.mixers.s4d import DiagonalSSM, check_ssm_options
-from pretrain.mixers.swa import last_tokens
 from pretrain.ops.normalization import prepare_heads
 from pretrain.ops.numerics import no_autocast, wide_dtype
+from pretrain.ops.qkv_heads import last_tokens
 from pretrain.ops.relative_bias import T5Bias
 from pretrain.ops.vq_attention import (
     FORGOTTEN,

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from pretrain.mixers.attention import document_starts
 from pretrain.mixers.base import MixerOutput, TokenMixer
-from pretrain.mixers.swa import last_tokens
 from pretrain.ops.biased_attention import Weighting, chunk_attention, full_attention
 from pretrain.ops.damped_ema import EMAParameters, coefficients, damped_ema
 from pretrain.ops.numerics import matmul_dtype
+from pretrain.ops.qkv_heads import last_tokens
 from pretrain.ops.relative_bias import RotaryBias, T5Bias
 
 RELEASED_MEMORY = 4.0  # tokens, 1 / (1 - q) at delta = alpha = 0

@@ -31,8 +31,8 @@ from pretrain.mixers.base import Clock, MixerOutput, TokenMixer
 from pretrain.mixers.s4 import NPLRSSM
 from pretrain.mixers.s4d import DiagonalSSM, Init, check_ssm_options
 from pretrain.mixers.ssm_layer import StateSpaceModel
-from pretrain.mixers.swa import last_tokens
-from pretrain.ops.normalization import prepare_heads, rms_norm
+from pretrain.ops.normalization import rms_norm
+from pretrain.ops.qkv_heads import prepare_qkv
 from pretrain.ops.symmetric_window_attention import symmetric_window_attention
 from pretrain.ops.window_attention import Reach, cached_keys, window_attention
 
@@ -157,10 +157,18 @@ class Spade(TokenMixer):
             x = x.masked_fill(padding.unsqueeze(-1), 0)
         g, ssm = self._global(x, state, clock)
         source = g if self.combine == "stack" else x
-        q, k, v = self.qkv_proj(source).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
-        if state is not None:
-            k, v = (torch.cat([a.to(b.dtype), b], 1) for a, b in ((state.k, k), (state.v, v)))
-        heads = self._attend(q, k, v, clock, padding).flatten(2)
+        keep = 0
+        if self.causal:
+            offset = (clock.phase + clock.length) % self.window_size
+            keep = cached_keys(self.reach, self.window_size, offset)
+        qkv = prepare_qkv(
+            self.qkv_proj(source).unflatten(-1, (3, self.n_heads, self.head_dim)),
+            None if state is None else (state.k, state.v),
+            scale=self.qk_scale,
+            base=self.rotary_base if self.position_bias is None else None,
+            keep=keep,
+        )
+        heads = self._attend(qkv.q, qkv.k, qkv.v, clock, padding).flatten(2)
 
         if self.combine == "stack":
             y = self.out_proj(heads)
@@ -171,10 +179,7 @@ class Spade(TokenMixer):
 
         if not self.causal:
             return MixerOutput(y, None, aux={})
-        offset = (clock.phase + clock.length) % self.window_size
-        keep = cached_keys(self.reach, self.window_size, offset)
-        k, v = last_tokens(k, keep), last_tokens(v, keep)
-        return MixerOutput(y, SpadeState(*clock.after(x), k, v, ssm), aux={})
+        return MixerOutput(y, SpadeState(*clock.after(x), *qkv.kept, ssm), aux={})
 
     def _global(self, x: Tensor, state: SpadeState | None, clock: Clock) -> tuple[Tensor, Tensor]:
         """SSM(x) (B, T, D) and the SSM's state after it."""
@@ -186,16 +191,11 @@ class Spade(TokenMixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, padding: Tensor | None
     ) -> Tensor:
-        """q (B, T, H, K), k and v with the cache in front -> (B, T, H, K)."""
-        cached, base = k.shape[1] - q.shape[1], self.rotary_base
-        normalize, w = self.qk_scale is not None, self.window_size
-        bias = None
+        """Prepared q (B, T, H, K), k and v with the cache in front -> (B, T, H, K)."""
+        bias, w = None, self.window_size
         if self.position_bias is not None:
             bias = self.position_bias(torch.arange(0 if self.causal else 1 - w, w, device=q.device))
-        starts = (cached, 0) if bias is None else (None, None)
-        q = prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=starts[0], base=base)
-        k = prepare_heads(k, normalize=normalize, start=starts[1], base=base)
-        scale = 1.0 if normalize else None
+        scale = 1.0 if self.qk_scale is not None else None
         if not self.causal:
             return symmetric_window_attention(
                 q, k, v, window_size=w, padding=padding, scale=scale, bias=bias

@@ -9,12 +9,11 @@ as long as that of the last.
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.mixers.attention import check_heads, position_bias, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
-from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.qkv_heads import prepare_qkv
 from pretrain.ops.symmetric_window_attention import symmetric_window_attention
 from pretrain.ops.window_attention import window_attention
 
@@ -78,23 +77,23 @@ class SlidingWindowAttention(TokenMixer):
     ) -> MixerOutput:
         self.check_sides(state, resets, padding)
         clock = self.clock(x, state, resets)
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).unbind(2)
+        heads = prepare_qkv(
+            self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)),
+            None if state is None else (state.k, state.v),
+            scale=self.qk_scale,
+            base=self.rotary_base if self.position_bias is None else None,
+            keep=self.window_size if self.causal else 0,
+        )
         if not self.causal:
-            y = self._attend_both_sides(q, k, v, padding)
+            y = self._attend_both_sides(heads.q, heads.k, heads.v, padding)
             return MixerOutput(self.out_proj(y.flatten(2)), None, aux={})
-        if state is not None:
-            k = torch.cat([state.k.to(k.dtype), k], 1)
-            v = torch.cat([state.v.to(v.dtype), v], 1)
-        cached = k.shape[1] - q.shape[1]
-        normalize, base = self.qk_scale is not None, self.rotary_base
         bias = None
         if self.position_bias is not None:
             bias = self.position_bias(torch.arange(self.window_size, device=x.device))
-        starts = (cached, 0) if bias is None else (None, None)
         y = window_attention(
-            prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=starts[0], base=base),
-            prepare_heads(k, normalize=normalize, start=starts[1], base=base),
-            v,
+            heads.q,
+            heads.k,
+            heads.v,
             block_size=self.window_size,
             reach="window",
             offset=clock.phase % self.window_size,
@@ -102,25 +101,22 @@ class SlidingWindowAttention(TokenMixer):
             scale=1.0 if self.qk_scale is not None else None,
             bias=bias,
         )
-        kept = (last_tokens(part, self.window_size) for part in (k, v))
-        state = WindowState(*clock.after(x), *kept)
+        state = WindowState(*clock.after(x), *heads.kept)
         return MixerOutput(self.out_proj(y.flatten(2)), state, aux={})
 
     def _attend_both_sides(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
-        """q, k, v (B, T, H, K), padding (B, T) -> (B, T, H, K)."""
-        normalize, base = self.qk_scale is not None, self.rotary_base
+        """Prepared q and k, v (B, T, H, K), padding (B, T) -> (B, T, H, K)."""
         bias = None
         if self.position_bias is not None:
             reach = torch.arange(1 - self.window_size, self.window_size, device=q.device)
             bias = self.position_bias(reach)
-        start = 0 if bias is None else None
         return symmetric_window_attention(
-            prepare_heads(q, normalize=normalize, scale=self.qk_scale, start=start, base=base),
-            prepare_heads(k, normalize=normalize, start=start, base=base),
+            q,
+            k,
             v,
             window_size=self.window_size,
             padding=padding,
-            scale=1.0 if normalize else None,
+            scale=1.0 if self.qk_scale is not None else None,
             bias=bias,
         )
 
@@ -151,13 +147,3 @@ class SlidingWindowAttention(TokenMixer):
         scores = min(length, self.window_size) ** 2
         scores += max(0, length - self.window_size) * 2 * self.window_size
         return length * 8 * self.d_model**2 + 4 * self.d_model * scores
-
-
-def last_tokens(x: Tensor, count: int) -> Tensor:
-    """The last `count` tokens of x (B, S, H, K), zeros in front where there are fewer.
-
-    In memory of their own: a view would keep all S tokens alive for as long as the state lives.
-    """
-    missing = max(0, count - x.shape[1])
-    kept = x[:, max(0, x.shape[1] - count) :]
-    return F.pad(kept, (0, 0, 0, 0, missing, 0)) if missing else kept.clone()

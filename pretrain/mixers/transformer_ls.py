@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from pretrain.mixers.attention import check_heads
 from pretrain.mixers.base import Clock, MixerOutput, TokenMixer
-from pretrain.mixers.swa import last_tokens
 from pretrain.ops.normalization import prepare_heads
+from pretrain.ops.qkv_heads import last_tokens
 from pretrain.ops.summary_attention import summarise_chunks, summary_attention
 
 

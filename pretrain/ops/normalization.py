@@ -129,11 +129,11 @@ def _rotation(x: Tensor, start: int | None, base: float) -> tuple[Tensor | None,
     """cos and sin of the rotary angles, (T, 1, K / 2)."""
     if start is None:
         return None, None
-    return _rotary_table(start, x.shape[1], x.shape[3], base, wide_dtype(x), x.device)
+    return rotary_table(start, x.shape[1], x.shape[3], base, wide_dtype(x), x.device)
 
 
 @torch.library.custom_op("longspan::rotary_table", mutates_args=())
-def _rotary_table(
+def rotary_table(
     start: int, length: int, width: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, (length, 1, width / 2) each. An operator, because inductor would form every
@@ -144,7 +144,7 @@ def _rotary_table(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@_rotary_table.register_fake
+@rotary_table.register_fake
 def _(
     start: int, length: int, width: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

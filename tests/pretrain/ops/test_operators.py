@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pretrain.ops.damped_ema import ema_scan
 from pretrain.ops.lti_ssm import chunk_scan
-from pretrain.ops.normalization import _rotary_table
+from pretrain.ops.normalization import rotary_table
 from pretrain.ops.nplr_ssm import _dense_scan
 from pretrain.ops.ssd import ssd_scan
 from pretrain.ops.ssm_chunks import ssm_chunks
@@ -44,4 +44,4 @@ def test_operators_keep_the_rules_of_torch_library(name: str, flags: bool) -> No
 
 
 def test_the_rotary_table_keeps_them_too() -> None:
-    torch.library.opcheck(_rotary_table, (3, 5, 8, 1e4, torch.float32, torch.device("cpu")))
+    torch.library.opcheck(rotary_table, (3, 5, 8, 1e4, torch.float32, torch.device("cpu")))
