@@ -32,7 +32,8 @@ def _forward(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0)
+    t, token = token % length, token.to(tl.int64)
     head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
     inside = (head < heads)[:, None] & (lane < half)[None, :]
     at = head[:, None] * (2 * half) + lane[None, :]
@@ -45,7 +46,7 @@ def _forward(
         a *= factor[:, None]
         b *= factor[:, None]
     if ROTATE:
-        angle = token % length * half + lane
+        angle = t.to(tl.int64) * half + lane
         c = tl.load(cos + angle, lane < half, 0.0)[None, :]
         s = tl.load(sin + angle, lane < half, 0.0)[None, :]
         turned = a * c - b * s
@@ -87,7 +88,7 @@ def _backward(
     HALF: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     head, lane = tl.arange(0, HEADS), tl.arange(0, HALF)
     exists = (head < heads)[:, None] & (lane < half)[None, :]
     at = head[:, None] * (2 * half) + lane[None, :]
@@ -95,8 +96,10 @@ def _backward(
     for index in tl.static_range(TOKENS):
         token = program * TOKENS + index
         inside = exists & (token < tokens)
-        lane_of_batch, t = token // length, token % length
-        source = d_y + lane_of_batch * y_stride_b + t * y_stride_t
+        # Divided as 32 bits, multiplied as 64.
+        row, t, token = (token // length).to(tl.int64), token % length, token.to(tl.int64)
+        t = t.to(tl.int64)
+        source = d_y + row * y_stride_b + t * y_stride_t
         source += head[:, None].to(tl.int64) * y_stride_h + lane[None, :]
         a = tl.load(source, inside, 0.0).to(WIDE)
         b = tl.load(source + half, inside, 0.0).to(WIDE)
@@ -120,7 +123,7 @@ def _backward(
             b = (b - x_b * along[:, None]) * factor[:, None]
         if LAST:  # the last tokens have been handed out as they are, too
             also = inside & (t >= first)
-            source = d_last + lane_of_batch * last_stride_b + (t - first) * last_stride_t
+            source = d_last + row * last_stride_b + (t - first) * last_stride_t
             source += head[:, None].to(tl.int64) * last_stride_h + lane[None, :]
             a += tl.load(source, also, 0.0).to(WIDE)
             b += tl.load(source + half, also, 0.0).to(WIDE)
@@ -128,7 +131,7 @@ def _backward(
         tl.store(target, a.to(d_x.dtype.element_ty), inside)
         tl.store(target + half, b.to(d_x.dtype.element_ty), inside)
     if SCALE:
-        tl.store(d_scale + program * heads + head, received, head < heads)
+        tl.store(d_scale + program.to(tl.int64) * heads + head, received, head < heads)
 
 
 def prepare_heads_forward(
@@ -184,7 +187,7 @@ def prepare_heads_backward(
     *,
     normalize: bool,
 ) -> Tensor | None:
-    """Fills a part of `d_qkv`, like `qkv`, and returns the gradient (H,) of `scale`, in at least fp32.
+    """Fills a part of `d_qkv`, like `qkv`; returns the gradient (H,) of `scale`, in at least fp32.
 
     `d_y` (B, T, H, K) and `d_last` (B, n, H, K), what the last tokens of the part receive besides,
     have the elements of a head beside each other. For the rest see `prepare_heads_forward`.

@@ -1,4 +1,4 @@
-"""Prepared queries and keys, and on a GPU the gradient of their projection, equal the definition."""
+"""Prepared queries and keys, and the gradient of their projection, equal the definition."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from pretrain.ops.qkv_heads import (
     fused_prepare_qkv,
@@ -138,18 +140,14 @@ def test_the_kernels_equal_the_definition(name: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "neither"])
-def test_interpreted_kernels_equal_the_definition(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(BOUNDS, torch.float16, 2e-3)
+@every_dtype
+@every_case
+def test_interpreted_kernels_equal_the_definition(name: str, dtype: torch.dtype) -> None:
     check_against_the_definition(fused_prepare_qkv, CASES[name], dtype, "cpu")
 
 
 def check_compiled(name: str, backend: str, device: str) -> None:
-    """One graph, whose gradient of the projection is one operator's, and the same numbers."""
-    targets: list[str] = []
+    """In one graph, and to the same numbers."""
 
     def form(*args: Any, **options: Any) -> list[Tensor]:
         return flat(fused_prepare_qkv(*args, **options))
@@ -165,7 +163,6 @@ def check_compiled(name: str, backend: str, device: str) -> None:
         results.append([*found, *torch.autograd.grad(found, leaves, above)])
     for eager, got in zip(*results, strict=True):
         torch.testing.assert_close(got, eager)
-    assert not targets
 
 
 COMPILED = ["norms and positions", "positions", "four parts", "a cache"]
@@ -183,6 +180,29 @@ def test_traced_it_computes_the_same(name: str) -> None:
 def test_compiled_it_computes_the_same(name: str) -> None:
     torch._dynamo.reset()
     check_compiled(name, "inductor", "cuda")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("name", [name for name in COMPILED if CASES[name].keep])
+def test_no_other_kernel_touches_the_gradient_of_the_projection(name: str) -> None:
+    """Not even for what a state keeps, of which a compiled block always has gradients."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    case = CASES[name]
+    leaves, options = problem(case, torch.float32, "cpu")
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=keep)
+    compiled = torch.compile(fused_prepare_qkv, fullgraph=True, dynamic=False, backend=backend)
+    found = flat(call(compiled, case, leaves, **options))
+    torch.autograd.grad(found, leaves, [torch.ones_like(a) for a in found])
+    (outputs,) = next(node for node in graphs[0].graph.nodes if node.op == "output").args
+    source, index = outputs[0].args
+    assert source.target == torch.ops.longspan.prepare_parts_backward.default
+    assert index == 0
 
 
 def check_the_rules_of_torch_library(device: str) -> None:
