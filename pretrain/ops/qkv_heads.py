@@ -50,7 +50,7 @@ def prepare_qkv(
         start: position of the first key, the cache's if there is one.
         keep: how many keys and values a state holds; zeros in front where there are fewer.
     """
-    if not qkv.is_cuda or scale is base is None:
+    if not qkv.is_cuda or (scale is None and base is None):
         return prepare_qkv_naive(qkv, cache, scale=scale, base=base, start=start, keep=keep)
     return fused_prepare_qkv(qkv, cache, scale=scale, base=base, start=start, keep=keep)
 
