@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TINY = tl.constexpr(1e-12)  # see pretrain.ops.normalization
+from pretrain.ops import normalization
+
+TINY = tl.constexpr(normalization.TINY)
 TOKENS = 4  # per program of the backward
 
 
