@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from pretrain.ops import flex_window_attention as module
-from pretrain.ops.flex_window_attention import TILE, flex_window_attention, visited_tiles
+from pretrain.ops.flex_window_attention import (
+    FLASH_INSTALLED,
+    TILE,
+    flex_window_attention,
+    visited_tiles,
+)
 from pretrain.ops.window_attention import cached_keys, window_attention_naive
 
 REACHES = ("window", "own", "own_and_previous")
@@ -138,14 +143,36 @@ def test_no_call_falls_back_to_forming_all_scores(monkeypatch: pytest.MonkeyPatc
     assert len(made) == len({(-(-length // TILE), cached) for length, cached in calls})
 
 
+def test_flash_serves_16_bits_on_hopper_and_not_where_order_matters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide, narrow = (torch.zeros(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not module.flash_serves(narrow) or FLASH_INSTALLED
+    monkeypatch.setattr(module, "FLASH_INSTALLED", True)
+    assert module.flash_serves(narrow)
+    assert not module.flash_serves(wide)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not module.flash_serves(narrow)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("reach", REACHES)
+@pytest.mark.parametrize(
+    "flash", [False, True][: 1 + FLASH_INSTALLED], ids=lambda flash: "flash" if flash else "triton"
+)
 def test_the_kernel_equals_the_definition(
-    reach: str, flags: bool, biased: bool, dtype: torch.dtype
+    flash: bool,
+    reach: str,
+    flags: bool,
+    biased: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(module, "FLASH_INSTALLED", flash)
     torch._dynamo.reset()
     for offset, carried in ((0, False), (17, True)):
         leaves, fresh, options = problem(reach, offset, carried, "cuda", dtype)
