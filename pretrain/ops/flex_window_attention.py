@@ -101,7 +101,10 @@ def flex_window_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     score_mod = None if bias is None else biased
     options: FlexKernelOptions | None = None
-    if bias is None and flash_serves(q):  # it has no gradient for a bias
+    # It has no gradient for a bias, and does not wait for numbers made in the graph that it is part
+    # of: torch 2.11 takes no notice of what its mask reads.
+    numbers_made_here = documents is not None and torch.compiler.is_compiling()
+    if bias is None and not numbers_made_here and flash_serves(q):
         options = {"BACKEND": "FLASH"}
     if torch.compiler.is_compiling():
         y = flex_attention(
@@ -116,27 +119,37 @@ def flex_window_attention(
 
 
 def flash_serves(q: Tensor) -> bool:
-    """Whether FlashAttention-4 has a kernel for such queries: 16 bits, Hopper or Blackwell. Its
-    backward adds up the queries' gradients in any order, so that deterministic runs go without."""
+    """Whether FlashAttention-4 has kernels for such queries (..., K): 16 bits, Hopper or Blackwell.
+    Its backward has tiles of TILE keys up to 128 channels only, and adds up the queries' gradients
+    in any order, so that deterministic runs go without."""
     return (
         FLASH_INSTALLED
         and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
         and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
         and not torch.are_deterministic_algorithms_enabled()
     )
 
 
+# An operator, so that the numbers are in memory when a mask asks for them. Otherwise inductor works
+# them out anew for every pair of a partial tile, or fails to (torch 2.11, without gradients).
+@torch.library.custom_op("longspan::document_numbers", mutates_args=())
 def document_numbers(
     length: int, cached: int, block_size: int, offset: int, fresh: Tensor
 ) -> Tensor:
     """(B, M + T): keys and queries of one document share a number; what the cache holds is in one
     document with the first block, unless that block begins one."""
     blocks = -(-(offset + length) // block_size)
-    begun = F.pad(fresh.int(), (0, blocks - fresh.shape[1])).cumsum(1, dtype=torch.int32)
-    begun = F.pad(begun, (1, 0))
-    token = torch.arange(cached + length, device=fresh.device) - cached
-    block = (token + offset).div(block_size, rounding_mode="floor").clamp(min=-1)
-    return begun[:, block + 1]
+    begun = F.pad(fresh.int(), (1, blocks - fresh.shape[1])).cumsum(1, dtype=torch.int32)
+    # Counted from the block before the first, which holds the cache.
+    token = torch.arange(cached + length, device=fresh.device) - cached + offset + block_size
+    return begun[:, token.div(block_size, rounding_mode="floor").clamp(min=0)]
+
+
+@document_numbers.register_fake
+def _(length: int, cached: int, block_size: int, offset: int, fresh: Tensor) -> Tensor:
+    return fresh.new_empty(fresh.shape[0], cached + length, dtype=torch.int32)
 
 
 def visited_tiles(

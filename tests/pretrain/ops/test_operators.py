@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.damped_ema import ema_scan
+from pretrain.ops.flex_window_attention import document_numbers
 from pretrain.ops.lti_ssm import chunk_scan
 from pretrain.ops.normalization import rotary_table
 from pretrain.ops.nplr_ssm import _dense_scan
@@ -45,3 +46,8 @@ def test_operators_keep_the_rules_of_torch_library(name: str, flags: bool) -> No
 
 def test_the_rotary_table_keeps_them_too() -> None:
     torch.library.opcheck(rotary_table, (3, 5, 8, 1e4, torch.float32, torch.device("cpu")))
+
+
+def test_the_numbers_of_documents_keep_them_too() -> None:
+    fresh = torch.tensor([[True, False], [False, True]])
+    torch.library.opcheck(document_numbers, (5, 3, 4, 1, fresh))
