@@ -30,12 +30,14 @@ def flex_symmetric_window_attention(
     given, w = q.shape[1], window_size
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -given % TILE)) for x in (q, k, v))
     length = q.shape[1]
-    if padding is None:
-        padding = torch.zeros(q.shape[0], given, dtype=torch.bool, device=q.device)
-    token = F.pad(~padding, (0, length - given))
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (((query - key).abs() < w) & token[b, key]) | (query == key)
+        seen = ((query - key).abs() < w) & (key < given)
+        if (
+            padding is not None
+        ):  # read as it came: inductor fails to inline a padded copy (torch 2.11)
+            seen = seen & ~padding[b, key.clamp(max=given - 1)]
+        return seen | (query == key)
 
     def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         assert bias is not None

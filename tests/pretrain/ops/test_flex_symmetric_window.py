@@ -1,8 +1,12 @@
 """Symmetric windows by FlexAttention: the mask, the bias and the tiles; on a GPU the kernel."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from pretrain.ops.flex_symmetric_window import (
     TILE,
@@ -44,6 +48,23 @@ def test_a_compiler_takes_it_whole() -> None:
     torch.testing.assert_close(whole(q, k, v, **options), want, rtol=1e-5, atol=1e-5)
 
 
+def test_the_mask_reads_padding_as_it_came() -> None:
+    """What is made of it in the graph would be made anew for every pair, or not at all."""
+    (q, k, v, _), padding = problem(TILE + 19, 32, "cpu")
+    nodes: list[torch.fx.Node] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        nodes.extend(graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=keep)
+    whole = torch.compile(flex_symmetric_window_attention, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        whole(q, k, v, window_size=32, padding=padding)
+    (node,) = (node for node in nodes if node.target is torch.ops.higher_order.flex_attention)
+    assert [source.op for source in node.args[-1]] == ["placeholder"]
+
+
 @pytest.mark.parametrize("w", [1, 2, 32, TILE, TILE + 1, TILE + 2, 1000])
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_the_visited_tiles_are_those_with_a_visible_pair(n: int, w: int) -> None:
@@ -78,3 +99,15 @@ def test_kernel_equals_dense_masked_softmax(
         results.append([y.double() * (weights != 0), *gradients])
     for got, want in zip(*results, strict=True):
         assert (got.double() - want).norm() < BOUNDS[dtype] * want.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True], ids=["no padding", "padding"])
+def test_without_gradients_it_compiles_too(padded: bool) -> None:
+    (q, k, v, _), padding = problem(TILE + 19, 32, "cuda")
+    compiled = torch.compile(flex_symmetric_window_attention, dynamic=False)
+    options = {"window_size": 32, "padding": padding if padded else None}
+    want = symmetric_window_attention_naive(q.double(), k.double(), v.double(), **options)
+    with torch.no_grad():
+        got = compiled(q, k, v, **options)
+    assert (got.double() - want).norm() < BOUNDS[torch.float32] * want.norm()
