@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 32  # tokens at a time
+FORWARD_TILE, BACKWARD_TILE = 16, 32  # tokens at a time; each the faster on an H100
 
 
 @triton.jit
@@ -193,7 +193,7 @@ def form_matrix(
     chunk_decay, taps = decay.new_empty(channels, modes, 2), decay.new_empty(channels, size)
     given = [part.contiguous() for part in (decay, angle, c_re, c_im, skip)]
     made = [matrix, chunk_decay, taps]
-    blocks = {"MODES": triton.next_power_of_2(modes), "TILE": TILE}
+    blocks = {"MODES": triton.next_power_of_2(modes), "TILE": FORWARD_TILE}
     _form[(channels,)](*given, *made, size, modes, **blocks, num_warps=4)
     return matrix, chunk_decay
 
@@ -207,6 +207,6 @@ def gradients_of_modes(
     given = [part.contiguous() for part in (d_matrix, decay, angle, c_re, c_im)]
     d_decay, d_angle, d_re, d_im = (decay.new_empty(channels, modes) for _ in range(4))
     found = (d_decay, d_angle, d_re, d_im, decay.new_empty(channels))
-    blocks = {"MODES": triton.next_power_of_2(modes), "TILE": TILE}
+    blocks = {"MODES": triton.next_power_of_2(modes), "TILE": BACKWARD_TILE}
     _form_backward[(channels,)](*given, *found, size, modes, **blocks, num_warps=4)
     return found
