@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d_hidden is None or d_weight is None:
                     continue
                 d_hidden[part] = (logits @ w) * factor
-                d_weight += logits.T @ (h * factor).to(dtype)
+                _add_product_(d_weight, logits.T, (h * factor).to(dtype))
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
@@ -87,6 +87,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         d_weight = (d_weight * d_loss).to(ctx.weight_dtype)
         return (d_hidden * d_loss).to(d_hidden.dtype), d_weight, None, None, None, None, None
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where `total` may be wider; on a GPU in the product itself."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _softmax_residual_(
