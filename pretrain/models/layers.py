@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pretrain.ops.normalization import rms_norm
 from pretrain.ops.numerics import matmul_dtype
-from pretrain.ops.swiglu import swiglu
+from pretrain.ops.swiglu import swiglu_linear
 
 
 class RMSNorm(nn.Module):
@@ -46,28 +46,39 @@ class TokenEmbedding(nn.Embedding):
         return x if self.residual_in_fp32 else x.to(matmul_dtype(x))
 
 
+class SwiGLULinear(nn.Linear):
+    """(..., 2F) -> W (silu(gate) * up), (..., D); a Linear, so that ZeRO-3 finds its weight."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return swiglu_linear(gate_up, self.weight)
+
+
+class GEGLULinear(nn.Linear):
+    """(..., 2F) -> W (gelu(gate) * up), (..., D), by T5 1.1's approximation of gelu (tanh)."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return super().forward(F.gelu(gate, approximate="tanh") * up)
+
+
 class SwiGLU(nn.Module):
     """W_out (silu(W_gate x) * W_up x) (Shazeer 2020, 2002.05202); gate and up are one matrix."""
+
+    gated_linear: type[nn.Linear] = SwiGLULinear
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.in_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.out_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.out_proj = self.gated_linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_proj(self.gated(self.in_proj(x)))
-
-    def gated(self, gate_up: Tensor) -> Tensor:
-        """(..., 2F) -> (..., F)."""
-        return swiglu(gate_up)
+        return self.out_proj(self.in_proj(x))
 
 
 class GEGLU(SwiGLU):
-    """The same with gelu, by T5 1.1's approximation of it (tanh)."""
+    """The same with gelu."""
 
-    def gated(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return F.gelu(gate, approximate="tanh") * up
+    gated_linear = GEGLULinear
 
 
 class GELUMLP(nn.Module):

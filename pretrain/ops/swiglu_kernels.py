@@ -1,4 +1,4 @@
-"""Triton kernels of `swiglu`: everything read once and written once.
+"""Triton kernels of `swiglu_linear`: everything read once and written once.
 
 Shapes: M tokens, F hidden width.
 """
@@ -25,7 +25,7 @@ def _forward(gate_up, hidden, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(d_hidden, gate_up, d_gate_up, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(d_hidden, gate_up, d_gate_up, hidden, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -36,9 +36,12 @@ def _backward(d_hidden, gate_up, d_gate_up, width, WIDE: tl.constexpr, BLOCK: tl
     gate = tl.load(source, inside, 0.0).to(WIDE)
     up = tl.load(source + width, inside, 0.0).to(WIDE)
     sigmoid = 1 / (1 + tl.exp(-gate))
-    d_gate = d * up * sigmoid * (1 + gate * (1 - sigmoid))
+    silu = gate * sigmoid
+    d_gate = d * up * (sigmoid + silu * (1 - sigmoid))
     tl.store(target, d_gate.to(d_gate_up.dtype.element_ty), inside)
-    tl.store(target + width, (d * gate * sigmoid).to(d_gate_up.dtype.element_ty), inside)
+    tl.store(target + width, (d * silu).to(d_gate_up.dtype.element_ty), inside)
+    y = (silu * up).to(hidden.dtype.element_ty)
+    tl.store(hidden + row * width + at, y, inside)
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
@@ -49,14 +52,14 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     return hidden
 
 
-def swiglu_backward(d_hidden: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of `gate_up`, from contiguous (..., F) and (..., 2F)."""
+def swiglu_backward(d_hidden: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `gate_up`, (..., 2F), and silu(gate) * up, (..., F), from contiguous ones."""
     width = gate_up.shape[-1] // 2
-    d_gate_up = torch.empty_like(gate_up)
+    d_gate_up, hidden = torch.empty_like(gate_up), torch.empty_like(d_hidden)
     _backward[_grid(d_hidden, width)](
-        d_hidden, gate_up, d_gate_up, width, WIDE=_wide(gate_up), BLOCK=BLOCK
+        d_hidden, gate_up, d_gate_up, hidden, width, WIDE=_wide(gate_up), BLOCK=BLOCK
     )
-    return d_gate_up
+    return d_gate_up, hidden
 
 
 def _grid(hidden: Tensor, width: int) -> tuple[int]:
