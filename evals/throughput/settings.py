@@ -15,8 +15,9 @@ PEERS = (
 LOOPS = ("plain", "deepspeed", "trainer")
 PRECISIONS = ("bf16", "fp32", "bf16_weights")
 DISTRIBUTIONS = (
-    *("torch", "triton", "deepspeed", "transformers", "flash-attn-4", "flash-linear-attention"),
-    *("mamba-ssm", "causal-conv1d", "Mega-pytorch", "block-recurrent-transformer-pytorch"),
+    *("torch", "triton", "deepspeed", "transformers", "flash-attn-4", "quack-kernels"),
+    *("flash-linear-attention", "mamba-ssm", "causal-conv1d", "Mega-pytorch"),
+    "block-recurrent-transformer-pytorch",
 )
 
 _REPOSITORY = Path(__file__).resolve().parents[2]

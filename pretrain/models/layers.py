@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pretrain.ops.normalization import rms_norm
 from pretrain.ops.numerics import matmul_dtype
-from pretrain.ops.swiglu import swiglu_linear
+from pretrain.ops.swiglu import Gated, gate_up_linear, swiglu_linear
 
 
 class RMSNorm(nn.Module):
@@ -46,39 +46,43 @@ class TokenEmbedding(nn.Embedding):
         return x if self.residual_in_fp32 else x.to(matmul_dtype(x))
 
 
+class GateUpLinear(nn.Linear):
+    """(..., D) -> gate and up. Linears, this and `SwiGLULinear`, so that ZeRO-3 finds a weight."""
+
+    def forward(self, x: Tensor) -> Gated:  # type: ignore[override]
+        return gate_up_linear(x, self.weight)
+
+
 class SwiGLULinear(nn.Linear):
-    """(..., 2F) -> W (silu(gate) * up), (..., D); a Linear, so that ZeRO-3 finds its weight."""
+    """Gate and up -> W (silu(gate) * up), (..., D)."""
 
-    def forward(self, gate_up: Tensor) -> Tensor:
-        return swiglu_linear(gate_up, self.weight)
-
-
-class GEGLULinear(nn.Linear):
-    """(..., 2F) -> W (gelu(gate) * up), (..., D), by T5 1.1's approximation of gelu (tanh)."""
-
-    def forward(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return super().forward(F.gelu(gate, approximate="tanh") * up)
+    def forward(self, gated: Gated) -> Tensor:  # type: ignore[override]
+        return swiglu_linear(gated, self.weight)
 
 
 class SwiGLU(nn.Module):
     """W_out (silu(W_gate x) * W_up x) (Shazeer 2020, 2002.05202); gate and up are one matrix."""
 
-    gated_linear: type[nn.Linear] = SwiGLULinear
-
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
-        self.out_proj = self.gated_linear(d_ff, d_model, bias=False)
+        self.in_proj = GateUpLinear(d_model, 2 * d_ff, bias=False)
+        self.out_proj = SwiGLULinear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(self.in_proj(x))
 
 
-class GEGLU(SwiGLU):
-    """The same with gelu."""
+class GEGLU(nn.Module):
+    """The same with gelu, by T5 1.1's approximation of it (tanh)."""
 
-    gated_linear = GEGLULinear
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.out_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.in_proj(x).chunk(2, -1)
+        return self.out_proj(F.gelu(gate, approximate="tanh") * up)
 
 
 class GELUMLP(nn.Module):
@@ -101,7 +105,7 @@ class ReLUMLP(GELUMLP):
     activation = staticmethod(F.relu)
 
 
-MLPS: dict[str, type[SwiGLU | GELUMLP]] = {
+MLPS: dict[str, type[SwiGLU | GEGLU | GELUMLP]] = {
     "swiglu": SwiGLU,
     "geglu": GEGLU,
     "gelu": GELUMLP,

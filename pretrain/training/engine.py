@@ -127,7 +127,8 @@ def deepspeed_config(
         # The list names the modules whose gradients (and ZeRO-3 weights) travel in bf16; what
         # autocast computes in does not depend on it. Empty: gradients are summed in fp32, so world
         # size and accumulation do not change them. `zero.extra.torch_autocast.
-        # lower_precision_safe_modules=[torch.nn.Linear]` halves that traffic.
+        # lower_precision_safe_modules=[torch.nn.Linear]` halves that traffic; subclasses count by
+        # their own names only: pretrain.models.layers.GateUpLinear and .SwiGLULinear.
         generated["torch_autocast"] = {
             "enabled": True,
             "dtype": "bfloat16",
