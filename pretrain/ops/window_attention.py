@@ -9,10 +9,10 @@ mask is (W, 2W) at most and none is ever (T, T). Reach decides which of those ke
     "own"               its own block, causally
     "own_and_previous"  its own block, causally, and all of the previous one
 
-The forms share one signature, and `window_attention` chooses: matmuls block by block on a CPU,
-`flex_window_attention` on a GPU, `window_attention_sdpa` for short calls there; beside them the
-naive twin. Masked weights are exact zeros, so a future token cannot change a single bit of the
-past.
+The forms share one signature, and `window_attention` chooses: matmuls block by block on a CPU; on a
+GPU `flash_window_attention` where it serves, else `flex_window_attention`, and for short calls
+`window_attention_sdpa`; beside them the naive twin. Masked weights are exact zeros, so a future
+token cannot change a single bit of the past.
 """
 
 from typing import Literal, NamedTuple
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.ops.flash_window_attention import flash_window_attention, hopper_flash_serves
 from pretrain.ops.flex_window_attention import TILE, flex_window_attention
 from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -68,6 +69,8 @@ def window_attention(
     form = _window_attention_matmul if q.device.type == "cpu" else window_attention_sdpa
     if q.device.type == "cuda" and q.shape[1] >= TILE:  # below, nothing can be skipped
         form = flex_window_attention
+        if reach == "window" and bias is None and hopper_flash_serves(q):
+            form = flash_window_attention
     return form(
         q,
         k,

@@ -1,0 +1,181 @@
+"""Sliding windows by FlashAttention-4's own kernels for Hopper (package flash-attn-4).
+
+Shapes: B batch, T queries, M cached keys in front of them, H heads, K head width, W block size, S
+sequences of documents, N = B T.
+
+A window needs no mask: the kernels align queries and keys at their ends and skip what is out of
+reach. Documents are sequences of different lengths in one row of B T queries and one of B (M + T)
+keys, where they lie as they are. How many sequences there are does not depend on the data: an edge
+where no document begins makes an empty one.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.ops.flex_window_attention import flash_serves
+
+
+def hopper_flash_serves(q: Tensor) -> bool:
+    """Whether queries (..., K) can be given to `flash_window_attention`."""
+    return flash_serves(q) and torch.cuda.get_device_capability(q.device)[0] == 9
+
+
+def flash_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    reach: str,
+    offset: int = 0,
+    fresh: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Signature and meaning of `window_attention`, for the reach "window" without a bias, and where
+    `hopper_flash_serves`."""
+    assert reach == "window"
+    assert bias is None
+    length, cached = q.shape[1], k.shape[1] - q.shape[1]
+    q_starts = k_starts = None
+    if fresh is not None and (cached or fresh.shape[1] > 1):
+        q_starts, k_starts = document_starts(length, cached, block_size, offset, fresh)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _flash_window(q, k, v, q_starts, k_starts, block_size, scale)[0]
+
+
+def document_starts(
+    length: int, cached: int, block_size: int, offset: int, fresh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where each sequence begins among all queries and among all keys, and their numbers at the end
+    (FlashAttention's cu_seqlens).
+
+    In every row of the batch: what the cache holds of a document that has ended, keys without
+    queries; the document of the first block, with what the cache holds of it; one sequence for each
+    further block. Where no document begins they are empty, and what is there joins the next.
+
+    Args:
+        length: T.
+        cached: M, at most W.
+        block_size: W.
+        offset: as in `window_attention`.
+        fresh: as in `window_attention`.
+
+    Returns:
+        (S + 1,) int32 each, S = B * (1 + blocks in `fresh`).
+    """
+    assert cached <= block_size
+    begins = F.pad(fresh, (1, 0), value=True)
+    batch, marks = begins.shape
+    row = torch.arange(batch, dtype=torch.int32, device=fresh.device).unsqueeze(1)
+    block = torch.arange(marks, dtype=torch.int32, device=fresh.device) - 1
+    token = block * block_size - offset  # of the row's own mark, the first: in front of the cache
+
+    def starts(before: int) -> Tensor:
+        total = before + length
+        at = torch.where(begins, row * total + (before + token).clamp(min=0), 0)
+        # Where none begins, the last that did: the sequence between the two is empty. The maximum
+        # comes last because compiled blocks keep it for the backward, and would work out again what
+        # followed it, just in front of a kernel that starts early and reads this before it waits.
+        return F.pad(at.flatten(), (0, 1), value=batch * total).cummax(0).values
+
+    return starts(0), starts(cached)
+
+
+@torch.library.custom_op("longspan::flash_window", mutates_args=())
+def _flash_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor | None,
+    k_starts: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, K); the logarithms of the sums, fp32, (B, H, T) or with documents (H, N)."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    y, sums, *_ = _flash_attn_fwd(
+        *_rows(q_starts, q, k, v),
+        cu_seqlens_q=q_starts,
+        cu_seqlens_k=k_starts,
+        softmax_scale=scale,
+        window_size_left=block_size - 1,
+        window_size_right=0,
+        return_lse=True,
+    )
+    return y.view(q.shape), sums
+
+
+@torch.library.custom_op("longspan::flash_window_backward", mutates_args=())
+def _flash_window_backward(
+    d_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    sums: Tensor,
+    q_starts: Tensor | None,
+    k_starts: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, contiguous."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    d_q, d_k, d_v = _rows(q_starts, *gradients)
+    _flash_attn_bwd(
+        *_rows(q_starts, q, k, v, y, d_y.contiguous()),
+        sums,
+        cu_seqlens_q=q_starts,
+        cu_seqlens_k=k_starts,
+        softmax_scale=scale,
+        window_size_left=block_size - 1,
+        window_size_right=0,
+        dq=d_q,
+        dk=d_k,
+        dv=d_v,
+    )
+    return gradients
+
+
+def _rows(starts: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, T, H, K), with documents as (N, H, K)."""
+    return tensors if starts is None else tuple(x.flatten(0, 1) for x in tensors)
+
+
+@_flash_window.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor | None,
+    k_starts: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = q.shape
+    shape = (batch, heads, length) if q_starts is None else (heads, batch * length)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@_flash_window_backward.register_fake
+def _(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, q_starts, k_starts, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, q_starts, k_starts)
+
+
+def _backward(ctx: Any, d_y: Tensor, d_sums: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _flash_window_backward(d_y, *ctx.saved_tensors, *ctx.numbers)
+    return *gradients, None, None, None, None
+
+
+_flash_window.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,217 @@
+"""The starts of sequences say what the definition's mask says, and the operator what it returns."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pretrain.ops.flash_window_attention import (
+    _flash_window,
+    document_starts,
+    flash_window_attention,
+    hopper_flash_serves,
+)
+from pretrain.ops.window_attention import window_attention, window_attention_naive
+
+# fp32: order of summation. bf16: 8 bits, and weights rounded before they meet the values.
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def visible(queries: int, keys: int, block_size: int) -> Tensor:
+    """FlashAttention's window (W - 1, 0), (queries, keys): the last query is level with the last
+    key."""
+    back = (keys - queries + torch.arange(queries)).unsqueeze(1) - torch.arange(keys)
+    return (back >= 0) & (back < block_size)
+
+
+def runs(starts: Tensor) -> list[slice]:
+    return [slice(a, b) for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_sequences_hold_exactly_the_visible_pairs(data: st.DataObject) -> None:
+    block_size, batch = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    length = data.draw(st.integers(1, 4 * block_size))
+    carried = data.draw(st.booleans())
+    offset = data.draw(st.integers(0, block_size - 1)) if carried else 0
+    cached = block_size if carried else 0
+    blocks = 1 if data.draw(st.booleans()) else -(-(offset + length) // block_size)
+    flags = st.lists(st.booleans(), min_size=blocks, max_size=blocks)
+    fresh = torch.tensor(data.draw(st.lists(flags, min_size=batch, max_size=batch)))
+
+    starts = document_starts(length, cached, block_size, offset, fresh)
+    keys = cached + length
+    assert [x.shape for x in starts] == [(batch * (1 + blocks) + 1,)] * 2
+    assert [x.dtype for x in starts] == [torch.int32] * 2
+    assert [(x[0].item(), x[-1].item()) for x in starts] == [(0, batch * length), (0, batch * keys)]
+    seen = torch.zeros(batch * length, batch * keys, dtype=torch.bool)
+    for q, k in zip(*map(runs, starts), strict=True):
+        assert 0 <= q.stop - q.start <= k.stop - k.start
+        seen[q, k] = visible(q.stop - q.start, k.stop - k.start, block_size)
+    # One-hot values read the visible set of every query off the definition's output.
+    zeros = torch.zeros(batch, length, 1, keys)
+    values = torch.eye(keys).expand(batch, -1, -1).unsqueeze(2)
+    options = {"block_size": block_size, "reach": "window", "offset": offset}
+    want = window_attention_naive(zeros, values, values, fresh=fresh, **options)[:, :, 0] > 0
+    assert torch.equal(seen, torch.block_diag(*want).bool())
+
+
+def sequences(
+    rows: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> list[tuple[slice | int, slice | int]]:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return [(row, row) for row in range(rows)]
+    return list(zip(runs(cu_seqlens_q), runs(cu_seqlens_k), strict=True))
+
+
+def scores(q: Tensor, k: Tensor, scale: float, left: int, right: int) -> Tensor:
+    """Of one sequence, (T, H, K) and (M + T, H, K) -> (H, T, M + T)."""
+    assert right == 0
+    seen = visible(len(q), len(k), left + 1)
+    return (torch.einsum("thk,shk->hts", q, k) * scale).masked_fill(~seen, -torch.inf)
+
+
+def plain_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    softmax_scale: float,
+    window_size_left: int,
+    window_size_right: int,
+    return_lse: bool,
+) -> tuple[Tensor | None, ...]:
+    assert return_lse
+    y = torch.full_like(q, torch.nan)
+    sums = y[..., 0].float().transpose(-1, -2).contiguous()
+    for i, j in sequences(len(q), cu_seqlens_q, cu_seqlens_k):
+        s = scores(q[i], k[j], softmax_scale, window_size_left, window_size_right)
+        y[i] = torch.einsum("hts,shk->thk", s.softmax(-1), v[j])
+        sums.transpose(-1, -2)[i] = s.logsumexp(-1).mT.float()
+    return y, sums, None
+
+
+def plain_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    softmax_scale: float,
+    window_size_left: int,
+    window_size_right: int,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    for i, j in sequences(len(q), cu_seqlens_q, cu_seqlens_k):
+        s = scores(q[i], k[j], softmax_scale, window_size_left, window_size_right)
+        weights = (s - lse.transpose(-1, -2)[i].mT.unsqueeze(-1)).exp()
+        dv[j] = torch.einsum("hts,thk->shk", weights, dout[i])
+        along = (out[i] * dout[i]).sum(-1).mT.unsqueeze(-1)
+        d_s = weights * (torch.einsum("thk,shk->hts", dout[i], v[j]) - along) * softmax_scale
+        dq[i] = torch.einsum("hts,shk->thk", d_s, k[j])
+        dk[j] = torch.einsum("hts,thk->shk", d_s, q[i])
+
+
+@pytest.fixture
+def plain_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operator calls, written out in torch for a CPU."""
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    interface = sys.modules["flash_attn.cute.interface"]
+    monkeypatch.setattr(interface, "_flash_attn_fwd", plain_forward, raising=False)
+    monkeypatch.setattr(interface, "_flash_attn_bwd", plain_backward, raising=False)
+
+
+def compare(
+    form, carried: bool, flags: bool, sizes: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    """Of `sizes` (T, W, H, K), against the definition in fp64."""
+    torch.manual_seed(0)
+    length, block_size, heads, width = sizes
+    offset = block_size // 4 if carried else 0
+    cached = block_size if carried else 0
+    # Values as a view of a projection, where there is no cache to join them to.
+    shapes = [(2, length, heads, width), *2 * [(2, cached + length, 3, heads, width)]]
+    q, *kv = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
+    leaves = [q, *kv]
+    blocks = -(-(offset + length) // block_size)
+    fresh = torch.rand(2, blocks, device=device) < 0.4
+    fresh[:, 0] = torch.tensor([True, False])  # of the cached keys, one row's belong to nobody
+    options = {"block_size": block_size, "reach": "window", "offset": offset}
+    weights = torch.randn(q.shape, device=device)
+    for marks in (fresh, fresh[:, :1]) if flags else (None,):
+        results = []
+        for function, kind in ((form, dtype), (window_attention_naive, torch.float64)):
+            q, k, v = (leaf.to(kind) for leaf in leaves)
+            # Memory that is handed out again: what a kernel leaves unwritten then shows.
+            spoiled = [torch.full_like(k[:, :, 0], torch.nan) for _ in range(16)]
+            del spoiled
+            y = function(q, k[:, :, 0], v[:, :, 2], fresh=marks, **options)
+            results.append([y, *torch.autograd.grad((y.to(kind) * weights).sum(), leaves)])
+        for got, want in zip(*results, strict=True):
+            assert (got.double() - want.double()).norm() < BOUNDS[dtype] * want.double().norm()
+
+
+@pytest.mark.usefixtures("plain_flash")
+@pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("carried", [False, True], ids=["no cache", "cache"])
+def test_the_operator_is_the_definition_where_flash_does_what_it_says(
+    carried: bool, flags: bool
+) -> None:
+    compare(flash_window_attention, carried, flags, (19, 4, 2, 8), torch.float32, "cpu")
+
+
+@pytest.mark.usefixtures("plain_flash")
+@pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
+def test_the_operator_keeps_the_rules_of_torch_library(flags: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 1, 4, requires_grad=True) for n in (6, 9, 9))
+    starts = (None, None)
+    if flags:
+        starts = document_starts(6, 3, 3, 1, torch.tensor([[True, False, True], [False] * 3]))
+    torch.library.opcheck(_flash_window, (q, k, v, *starts, 3, 0.5))
+
+
+@pytest.mark.usefixtures("plain_flash")
+def test_a_compiled_graph_holds_it_whole() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        flash_window_attention, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    compare(compiled, True, True, (19, 4, 2, 8), torch.float32, "cpu")
+
+
+def test_it_serves_16_bits_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.ops.flex_window_attention.FLASH_INSTALLED", True)
+    wide, narrow = (torch.zeros(1, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert hopper_flash_serves(narrow) == (capability == (9, 0))
+        assert not hopper_flash_serves(wide)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("carried", [False, True], ids=["no cache", "cache"])
+def test_what_a_gpu_takes_equals_the_definition(carried: bool, flags: bool, compiled: bool) -> None:
+    """These kernels on Hopper, with flash-attn-4 installed; FlexAttention elsewhere."""
+    torch._dynamo.reset()
+    form = window_attention
+    if compiled:
+        form = torch.compile(form, fullgraph=True, dynamic=False)
+    for width in (64, 128):
+        compare(form, carried, flags, (403, 96, 2, width), torch.bfloat16, "cuda")
