@@ -55,7 +55,7 @@ def document_starts(
 
     In every row of the batch: what the cache holds of a document that has ended, keys without
     queries; the document of the first block, with what the cache holds of it; one sequence for each
-    further block. Where no document begins they are empty, and what is there joins the next.
+    further block. Where none begins, the sequence in front is empty and its document goes on.
 
     Args:
         length: T.
