@@ -9,18 +9,28 @@ keys, where they lie as they are. How many sequences there are does not depend o
 where no document begins makes an empty one.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.flex_window_attention import flash_serves
+FLASH_INSTALLED = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
-def hopper_flash_serves(q: Tensor) -> bool:
-    """Whether queries (..., K) can be given to `flash_window_attention`."""
-    return flash_serves(q) and torch.cuda.get_device_capability(q.device)[0] == 9
+def flash_serves(q: Tensor) -> bool:
+    """Whether `flash_window_attention` takes queries (..., K): 16 bits, on Hopper, with the package
+    installed. Heads of more than 128 channels are untried. Its backward adds up the queries'
+    gradients in any order, so that deterministic runs go without."""
+    return (
+        FLASH_INSTALLED
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def flash_window_attention(
@@ -36,7 +46,7 @@ def flash_window_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Signature and meaning of `window_attention`, for the reach "window" without a bias, and where
-    `hopper_flash_serves`."""
+    `flash_serves`."""
     assert reach == "window"
     assert bias is None
     length, cached = q.shape[1], k.shape[1] - q.shape[1]

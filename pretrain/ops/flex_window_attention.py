@@ -7,18 +7,14 @@ those it calls full. `create_block_mask` would evaluate the mask on all T x (M +
 here the tiles follow from arithmetic: every row of tiles visits an interval of columns whose ends
 only ever move to the right, and so does the interval of full ones. Everything is computed on the
 device, and no shape depends on the data.
-
-The kernel is FlashAttention-4's where that is installed (the extra `flash`) and can do what is
-asked, else the one that torch writes in Triton.
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 TILE = 128  # FlexAttention's granularity of sparsity, in queries and in keys
 
@@ -27,8 +23,6 @@ TILE = 128  # FlexAttention's granularity of sparsity, in queries and in keys
 # than two kinds of layers have, with and without a cache, flags and gradients.
 KINDS_OF_CALLS = 128
 _compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
-
-FLASH_INSTALLED = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
 class Tiles(NamedTuple):
@@ -100,36 +94,12 @@ def flex_window_attention(
     )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     score_mod = None if bias is None else biased
-    options: FlexKernelOptions | None = None
-    # It has no gradient for a bias, and does not wait for numbers made in the graph that it is part
-    # of: torch 2.11 takes no notice of what its mask reads.
-    numbers_made_here = documents is not None and torch.compiler.is_compiling()
-    if bias is None and not numbers_made_here and flash_serves(q):
-        options = {"BACKEND": "FLASH"}
     if torch.compiler.is_compiling():
-        y = flex_attention(
-            q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, kernel_options=options
-        )
+        y = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale)
     else:
         with torch._dynamo.config.patch(recompile_limit=KINDS_OF_CALLS):
-            y = _compiled_flex_attention(
-                q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, kernel_options=options
-            )
+            y = _compiled_flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale)
     return y.transpose(1, 2)[:, :given]
-
-
-def flash_serves(q: Tensor) -> bool:
-    """Whether FlashAttention-4 has kernels for such queries (..., K): 16 bits, Hopper or Blackwell.
-    Its backward has tiles of TILE keys up to 128 channels only, and adds up the queries' gradients
-    in any order, so that deterministic runs go without."""
-    return (
-        FLASH_INSTALLED
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-        and not torch.are_deterministic_algorithms_enabled()
-    )
 
 
 # An operator, so that the numbers are in memory when a mask asks for them. Otherwise inductor works

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pretrain.ops import flash_window_attention as module
 from pretrain.ops.flash_window_attention import (
     _flash_window,
     document_starts,
+    flash_serves,
     flash_window_attention,
-    hopper_flash_serves,
 )
 from pretrain.ops.window_attention import window_attention, window_attention_naive
 
@@ -194,13 +195,39 @@ def test_a_compiled_graph_holds_it_whole() -> None:
     compare(compiled, True, True, (19, 4, 2, 8), torch.float32, "cpu")
 
 
-def test_it_serves_16_bits_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.ops.flex_window_attention.FLASH_INSTALLED", True)
-    wide, narrow = (torch.zeros(1, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    for capability in ((8, 0), (9, 0), (10, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert hopper_flash_serves(narrow) == (capability == (9, 0))
-        assert not hopper_flash_serves(wide)
+@pytest.fixture
+def installed_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLASH_INSTALLED", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.usefixtures("installed_on_hopper")
+@pytest.mark.parametrize("width", [64, 128, 136, 100])
+def test_it_serves_16_bits_and_heads_of_widths_it_has(width: int) -> None:
+    """Widths come in 16 bytes."""
+    wide, narrow = (torch.zeros(1, width, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert flash_serves(narrow) == (width in (64, 128))
+    assert not flash_serves(wide)
+
+
+@pytest.mark.usefixtures("installed_on_hopper")
+@pytest.mark.parametrize(
+    ("place", "name", "found"),
+    [
+        (module, "FLASH_INSTALLED", False),
+        (torch.cuda, "get_device_capability", lambda device: (8, 0)),
+        (torch.cuda, "get_device_capability", lambda device: (10, 0)),
+        (torch, "are_deterministic_algorithms_enabled", lambda: True),
+    ],
+    ids=["not installed", "Ampere", "Blackwell", "order matters"],
+)
+def test_it_serves_nowhere_else(
+    place: ModuleType, name: str, found: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = torch.zeros(1, 64, dtype=torch.bfloat16)
+    assert flash_serves(narrow)
+    monkeypatch.setattr(place, name, found)
+    assert not flash_serves(narrow)
 
 
 @pytest.mark.gpu
