@@ -27,18 +27,20 @@ def t5_buckets(
         causal: all buckets look back, and keys ahead share the bucket of distance 0; False: half of
             the buckets are for each side.
     """
-    # In fp32 like T5's own code: some bucket edges lie on integers and rounding decides them. (And
-    # inductor cannot index by an integer clamp of an arange, torch 2.11.)
+    # In fp32 like T5's own code: some bucket edges lie on integers and rounding decides them.
     length = distance.float()
     if causal:
-        side, length = torch.zeros_like(distance), length.clamp(min=0)
+        side = torch.zeros_like(distance)
     else:
         n_buckets //= 2
         side, length = n_buckets * (distance < 0), length.abs()
     exact = n_buckets // 2
     far = torch.log(length.clamp(min=1) / exact) / math.log(max_distance / exact)
     far = (exact + far * (n_buckets - exact)).trunc().clamp(max=n_buckets - 1)
-    return side + torch.where(length < exact, length, far).long()
+    # Keys ahead are clamped last: a clamp of an `arange` at 0, in fp32 too, becomes part of an
+    # index that sympy cannot order where inductor fuses `torch.cat`, as it does on a GPU (torch
+    # 2.11 and 2.13; pytorch/pytorch#172707).
+    return side + torch.where(length < exact, length, far).long().clamp(min=0)
 
 
 class T5Bias(nn.Module):

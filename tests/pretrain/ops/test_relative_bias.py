@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pretrain.ops.relative_bias import T5Bias, t5_buckets
+from pretrain.ops.relative_bias import T5Bias, t5_buckets, toeplitz_bias
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -21,3 +22,16 @@ def test_bias_by_distance_reads_the_table() -> None:
     bias = t5(torch.arange(300))
     assert torch.equal(bias[:, :16], t5.table[:, :16])  # the near half is exact
     assert (bias[:, 128:] == t5.table[:, 31:]).all()  # all that is far looks alike
+
+
+def test_inductor_compiles_a_matrix_of_biases_as_it_does_on_a_gpu() -> None:
+    """There it fuses `torch.cat`, on a CPU only when told to; clamped first, buckets stopped it."""
+    t5, window = T5Bias(2), 8
+    torch.nn.init.normal_(t5.table, generator=torch.Generator().manual_seed(0))
+
+    def matrix() -> Tensor:
+        return toeplitz_bias(t5(torch.arange(2 * window)), window, 2 * window, 2 * window - 1)
+
+    with torch.no_grad(), torch._inductor.config.patch(force_pointwise_cat=True):
+        compiled = torch.compile(matrix, fullgraph=True, dynamic=False)()
+    assert torch.equal(compiled, matrix())
