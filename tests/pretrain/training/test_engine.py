@@ -119,6 +119,29 @@ def test_wrongly_compiled_code_is_found_before_training() -> None:
             verify_compiled(model, config, device)
 
 
+def test_one_wrong_gradient_is_found_in_fp32() -> None:
+    """Of a parameter whose share of all gradients is below the bound."""
+    config = load_config(["model=swa_tiny", "train.seq_len=64", "train.precision=fp32"])
+    config.train.micro_batch_size, config.model.vocab_size = 2, 16
+    device = torch.device("cpu")
+    model = build_model(config.model)
+    verify_compiled(model, config, device)
+
+    class WrongGain(type(model.blocks[-1])):  # type: ignore[misc]
+        def __call__(self, *args: object) -> BlockOutput:
+            gain = self.mlp_norm.weight
+            self.mlp_norm.weight = nn.Parameter(gain.detach())
+            output = self.forward(*args)
+            self.mlp_norm.weight = gain
+            return output
+
+    model.blocks[-1].__class__ = WrongGain  # one of each kind is checked
+    with pytest.raises(ValueError, match=r"the compiled 'swa' block differs.* by 1\.000"):
+        verify_compiled(model, config, device)
+    config.train.precision = "bf16"
+    verify_compiled(model, config, device)  # compared as one
+
+
 @pytest.mark.parametrize(
     ("model", "carry_state", "expected"),
     [
