@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 # bf16 keeps 8 bits and a compiled block rounds in other places: 0.01 of what a block adds.
 COMPILED_ERROR, TINY = 0.05, 1e-12
-SHARE = (
-    1e-3  # of all gradients: a smaller one, such as that of a bias that softmax ignores, is noise
-)
+SHARE = 1e-3  # of all gradients: smaller ones, as of a bias that softmax ignores, are noise
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -49,8 +47,8 @@ def compiled_error(
     least = SHARE * total.norm().item()
     errors = [((b - a).norm() / a.norm().clamp(min=max(least, TINY))).item() for a, b in pairs]
     # What the block adds, not the residual stream it is added to.
-    added = want - x
-    return max(((got - want).norm() / added.norm().clamp(min=TINY)).item(), *errors)
+    errors.append(((got - want).norm() / (want - x).norm().clamp(min=TINY)).item())
+    return torch.tensor(errors).max().item()  # NaN if one is; Python's max would pass over it
 
 
 def _gradients(block: nn.Module, y: Tensor) -> list[Tensor]:
