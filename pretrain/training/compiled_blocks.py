@@ -38,7 +38,7 @@ def compiled_error(
         want: what it made uncompiled, like `x`.
         got: what it made compiled, like `x`.
         each: compare each parameter's gradient by itself, as fp32 allows: inductor of torch 2.11
-            was seen to make a single one wrong, 0.6 % of all. In bf16 single ones cancel, and all
+            was seen to make a single one wrong, 1 % of all. In bf16 single ones cancel, and all
             are compared as one.
     """
     wanted, found = _gradients(block, want), _gradients(block, got)
