@@ -88,6 +88,7 @@ class TrainConfig:
     global_batch_tokens: int = 8192  # per optimizer step, over all ranks
     micro_batch_size: int = 8  # sequences per forward and rank
     total_tokens: int = 1_000_000
+    init_from: str = ""  # another run, runs/NAME, whose newest weights this one begins with
     precision: str = "bf16"  # bf16: torch_autocast with fp32 parameters | fp32
     carry_state: bool = False  # truncated backpropagation: hand the state to the next segment
     compile: bool = False

@@ -30,6 +30,7 @@ from pretrain.config import RunConfig, save_config
 from pretrain.mixers.base import cat_states, map_state
 from pretrain.training import manifest, universal
 from pretrain.training.engine import World
+from pretrain.training.load import find_checkpoint, load_weights
 from pretrain.training.manifest import CheckpointError
 
 DEEPSPEED = "deepspeed"
@@ -137,6 +138,38 @@ def _find_checkpoint(
     return ResumePlan(path, training, convert, passed_over, finished)
 
 
+def start_with(model: nn.Module, run_dir: Path, world: World, tokenizer: str) -> Path:
+    """Gives a run that begins the newest weights of another; all else of it begins anew.
+
+    Collective, before `build_engine`, which hands rank 0's weights to all.
+
+    Returns:
+        The checkpoint that they are from.
+
+    Raises:
+        ValueError: there is no such run, or it is of another model or tokenizer.
+        CheckpointError: its checkpoint is missing or damaged.
+    """
+
+    def load() -> Path:
+        if not run_dir.is_dir():
+            raise ValueError(
+                f"train.init_from={run_dir}: no such folder; use a run directory such as runs/NAME"
+            )
+        path = find_checkpoint(run_dir)
+        training = json.loads((path / "training.json").read_text(encoding="utf-8"))
+        _check_model(path, training["shapes"], tensor_shapes(model))
+        if training["tokenizer"] != tokenizer:
+            raise ValueError(
+                f"train.init_from={run_dir}: its tokenizer ({training['tokenizer']}) is not this "
+                f"run's ({tokenizer}); prepare the data with that one's (tokenizer=FILE)"
+            )
+        model.load_state_dict(load_weights(path))
+        return path
+
+    return on_main(world, load)
+
+
 def _check_model(path: Path, saved: dict[str, list[int]], ours: dict[str, list[int]]) -> None:
     differing = [name for name in sorted({*saved, *ours}) if saved.get(name) != ours.get(name)]
     if differing:
@@ -145,7 +178,7 @@ def _check_model(path: Path, saved: dict[str, list[int]], ours: dict[str, list[i
         raise ValueError(
             f"model: {path} holds another model: '{name}' is {saved.get(name, 'absent')} there and "
             f"{ours.get(name, 'absent')} in this configuration{rest}; use the configuration beside "
-            f"it (config.yaml), or a new name= for a new run"
+            f"it (config.yaml), or leave it out: another name= for a new run, no train.init_from="
         )
 
 

@@ -70,20 +70,25 @@ def load_any_model(
     Raises:
         CheckpointError: when the checkpoint is missing or damaged.
     """
+    path = find_checkpoint(run_dir, tag)
+    config = load_saved_config(path / "config.yaml")
+    model = build_model(config.model)
+    model.load_state_dict(load_weights(path))
+    info = json.loads((path / "training.json").read_text(encoding="utf-8"))
+    return model.eval(), config, {**info, "path": str(path)}
+
+
+def find_checkpoint(run_dir: Path, tag: str = "latest") -> Path:
+    """A checkpoint's folder; arguments and errors of `load_any_model`."""
     root = Path(run_dir) / "checkpoints"
     if tag == "latest":
         path, passed_over = manifest.newest_complete(root)
         if path is None:
             reasons = "; ".join(passed_over) or "the folder is empty or missing"
             raise CheckpointError(f"run={run_dir}: no complete checkpoint in {root}: {reasons}")
-    else:
-        path = root / tag
-        problem = manifest.problem_of(path)
-        if problem:
-            names = ", ".join(saved.path.name for saved in manifest.saved_checkpoints(root))
-            raise CheckpointError(f"{path}: {problem}; there are: {names or 'none'}")
-    config = load_saved_config(path / "config.yaml")
-    model = build_model(config.model)
-    model.load_state_dict(load_weights(path))
-    info = json.loads((path / "training.json").read_text(encoding="utf-8"))
-    return model.eval(), config, {**info, "path": str(path)}
+        return path
+    problem = manifest.problem_of(root / tag)
+    if problem:
+        names = ", ".join(saved.path.name for saved in manifest.saved_checkpoints(root))
+        raise CheckpointError(f"{root / tag}: {problem}; there are: {names or 'none'}")
+    return root / tag

@@ -13,6 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from pretrain.batch import Batch, EncoderDecoderBatch, StepLoader
 from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
 from pretrain.training import health, metrics
-from pretrain.training.checkpoint import CheckpointSaver, plan_resume, restore
+from pretrain.training.checkpoint import CheckpointSaver, plan_resume, restore, start_with
 from pretrain.training.engine import World, autocast, build_engine, take_step
 from pretrain.training.manifest import write_json
 from pretrain.training.metrics import CorpusFacts, MetricLog
@@ -56,7 +57,9 @@ class Trainer:
         evaluate: in-training evaluation, called on all ranks, returns scalars by name.
 
     Raises:
-        ValueError: when the checkpoint found belongs to another model, tokenizer or data order.
+        ValueError: when the checkpoint found, or that of `train.init_from`, belongs to another
+            model or tokenizer, or the one found to another data order.
+        CheckpointError: that of `train.init_from` is missing or damaged.
     """
 
     def __init__(
@@ -77,6 +80,10 @@ class Trainer:
         plan = plan_resume(config, model, world, facts.tokenizer)
         if plan is not None:
             loader.check_state(plan.training["data"])
+        beginning = "starting from step 0"
+        if plan is None and config.train.init_from:
+            source = start_with(model, Path(config.train.init_from), world, facts.tokenizer)
+            beginning = f"{beginning} with the weights of {source}"
         self.engine = build_engine(config, model, world, universal=bool(plan and plan.convert))
         self.step = plan.training["step"] if plan else 0
         # One recurrent state per micro-batch slot: slot m always reads the same lanes.
@@ -101,7 +108,7 @@ class Trainer:
             )
             for note in plan.notes if plan else []:
                 self.log.say(f"passed over: {note}")
-            self.log.say(f"resumed from {plan.path}" if plan else "starting from step 0")
+            self.log.say(f"resumed from {plan.path}" if plan else beginning)
             if self.step < config.total_steps:  # it may have finished earlier, at fewer tokens
                 (config.run_dir / "DONE").unlink(missing_ok=True)
 

@@ -77,10 +77,16 @@ def arguments(corpus: Path, folder: Path, name: str, stage: int, world_size: int
     ]
 
 
-def train(corpus: Path, folder: Path, runs: list[tuple[str, int, int | None]], world: int) -> None:
+def train(
+    corpus: Path,
+    folder: Path,
+    runs: list[tuple[str, int, int | None]],
+    world: int,
+    *words: str,
+) -> None:
     """Trains runs of (name, ZeRO stage, step to be abandoned before)."""
     spec = [
-        [arguments(corpus, folder, name, stage, world), abandon_at]
+        [[*arguments(corpus, folder, name, stage, world), *words], abandon_at]
         for name, stage, abandon_at in runs
     ]
     (folder / "spec.json").write_text(json.dumps(spec))
@@ -147,6 +153,22 @@ def test_the_trained_model_is_loaded_and_is_no_language_model(trained: Path) -> 
     assert (config.objective, info["step"]) == ("ul2", STEPS)
     with pytest.raises(ValueError, match="it trained an encoder-decoder"):
         load_model(trained / "whole3")
+
+
+@pytest.mark.distributed
+def test_a_run_begins_with_the_weights_of_another_on_all_ranks(
+    corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    """A step too small to change anything leaves the loss on validation as it was."""
+    runs = [(f"stage{stage}", stage, None) for stage in (1, 3)]
+    words = [f"train.init_from={trained / 'whole1'}", f"train.total_tokens={ROWS * S}"]
+    still = ["optim.learning_rate=1e-30", "optim.ssm_learning_rate=1e-30"]
+    train(corpus, tmp_path, runs, 2, *words, *still)
+    (want,) = rows_of(trained / "whole1", "val/loss")
+    for name, _, _ in runs:
+        assert "with the weights of" in (tmp_path / name / "train.log").read_text()
+        (found,) = rows_of(tmp_path / name, "val/loss")
+        assert found["val/loss"] == pytest.approx(want["val/loss"], rel=SAME)
 
 
 @pytest.mark.distributed

@@ -89,7 +89,7 @@ def test_compare_has_five_rows_of_three_seeds_that_differ_in_the_seed_alone() ->
 def test_encoder_decoders_are_compared_at_equal_steps_and_batches() -> None:
     study = [run.config for run in sweep.expand(["sweep=denoising_study"])]
     assert {c.name for c in study} == {"spade_t5_mini", "t5_mini", "local_t5_mini"}
-    assert {(c.total_steps, c.optim.learning_rate, c.seed) for c in study} == {(1200, 2e-3, 0)}
+    assert {(c.total_steps, c.optim.learning_rate, c.seed) for c in study} == {(8000, 4e-3, 0)}
     base = [run.config for run in sweep.expand(["sweep=denoising_base"])]
     assert {c.train.micro_batch_size * c.train.seq_len for c in base} == {16384}
     assert {(c.total_steps, c.train.global_batch_tokens) for c in base} == {(150, 65536)}

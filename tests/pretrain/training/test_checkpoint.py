@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from pretrain.config import RunConfig
-from pretrain.training import universal
-from pretrain.training.checkpoint import _check_model, load_carried, tensor_shapes
+from pretrain.training import checkpoint, universal
+from pretrain.training.checkpoint import (
+    _check_model,
+    load_carried,
+    start_with,
+    tensor_shapes,
+)
 from pretrain.training.engine import World
 from pretrain.training.load import load_model
 from pretrain.training.manifest import CheckpointError
@@ -106,3 +111,22 @@ def test_load_model_says_what_is_wrong(tmp_path: Path) -> None:
         load_model(tmp_path / "run")
     with pytest.raises(CheckpointError, match="there are: step_00000002"):
         load_model(tmp_path / "run", tag="step_00000007")
+
+
+def test_beginning_with_weights_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "on_main", lambda world, action: action())
+    world = World(0, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"train\.init_from=.*run: no such folder"):
+        start_with(TinyLM(), tmp_path / "run", world, "a")
+    step = tmp_path / "run" / "checkpoints" / "step_00000002"
+    step.mkdir(parents=True)
+    (step / "training.json").write_text(
+        json.dumps({"shapes": tensor_shapes(TinyLM()), "tokenizer": "a"})
+    )
+    (step / "manifest.json").write_text(json.dumps({"step": 2, "tokens": 2, "files": {}}))
+    with pytest.raises(ValueError, match=r"'embedding.weight' is \[32, 8\] there and \[33, 8\]"):
+        start_with(TinyLM(extra_row=True), tmp_path / "run", world, "a")
+    with pytest.raises(ValueError, match=r"its tokenizer \(a\) is not this run's \(b\)"):
+        start_with(TinyLM(), tmp_path / "run", world, "b")
