@@ -89,7 +89,7 @@ def mimo_ssm(
 
 def _matrices(p: MIMOParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dt A as decay and angle, (P, 1) each; [Re b; Im b] (D, 2P); 2 [Re C; -Im C] (2P, D)."""
-    one = torch.tensor([1.0, 0.0], dtype=dtype, device=p.B.device).expand(len(p.B), 1, 2)
+    one = torch.eye(1, 2, dtype=dtype, device=p.B.device).expand(len(p.B), 1, 2)  # 1 + 0i
     modes = SSMParameters(p.log_dt, p.log_A_real.unsqueeze(1), p.A_imag.unsqueeze(1), one, p.D)
     decay, angle, hold_re, hold_im = discretise(modes, dtype)  # hold = (exp(dt A) - 1) / A
     b_re, b_im = p.B.to(dtype).unbind(-1)
