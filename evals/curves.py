@@ -41,6 +41,7 @@ FREE = (
     "optim.learning_rate",
     "train.micro_batch_size",
     "train.compile",
+    "train.cuda_graphs",
     "train.deterministic",
     "data.path",  # what lies there is compared
     "data.prefetch_steps",

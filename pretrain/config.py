@@ -92,6 +92,9 @@ class TrainConfig:
     precision: str = "bf16"  # bf16: torch_autocast with fp32 parameters | fp32
     carry_state: bool = False  # truncated backpropagation: hand the state to the next segment
     compile: bool = False
+    # Forward and backward of a micro-batch as one CUDA graph: for models and micro-batches so small
+    # that starting kernels is the limit. Without gain at 350M parameters; costs memory.
+    cuda_graphs: bool = False
     deterministic: bool = False
     max_consecutive_skips: int = 5  # steps with non-finite gradients in a row before giving up
     process_group_timeout_minutes: int = 10

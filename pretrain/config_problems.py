@@ -90,6 +90,16 @@ def problems_of(config: "RunConfig") -> list[str]:
             f"train.carry_state=true with data.mode={config.data.mode}: shuffled windows have no "
             f"predecessor whose state could be carried; use data.mode=lanes"
         )
+    if train.cuda_graphs and config.zero.stage == 3:
+        problems.append(
+            "train.cuda_graphs=true with zero.stage=3: a recording reads weights where they were, "
+            "and ZeRO-3 gathers them anew; use zero.stage=0, 1 or 2"
+        )
+    if train.cuda_graphs and config.model.activation_checkpointing:
+        problems.append(
+            "train.cuda_graphs=true with model.activation_checkpointing=true: recomputing sets the "
+            "random generator back, which cannot be recorded; use one of the two"
+        )
     problems += _objective_problems(config)
     problems += _mixture_problems(config)
     if config.data.mode == "stream":

@@ -27,6 +27,7 @@ from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
 from pretrain.ops.numerics import matmul_dtype
 from pretrain.training.compiled_blocks import COMPILED_ERROR, compile_blocks, compiled_error
+from pretrain.training.cuda_graphs import RecordedForward
 from pretrain.training.optim import parameter_groups
 
 # What `zero.extra` may hold. The batch triple, clipping and precision have keys of their own.
@@ -155,8 +156,14 @@ def build_engine(
     """Wraps `model` (fp32, on any device) into a DeepSpeed engine with AdamW on `world.device`.
 
     Raises:
-        ValueError: for a complex parameter: ZeRO-1 and -2 would silently drop its imaginary part.
+        ValueError: for a complex parameter: ZeRO-1 and -2 would silently drop its imaginary part;
+            CUDA graphs without a GPU; a compiled block that computes something else.
     """
+    if config.train.cuda_graphs and world.device.type != "cuda":
+        raise ValueError(
+            f"train.cuda_graphs=true: this run is on the {world.device.type}; leave it out, or run "
+            f"on a GPU"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_complex():
             raise ValueError(
@@ -180,6 +187,8 @@ def build_engine(
     )
     for buffer in model.buffers():  # DeepSpeed broadcasts parameters at initialize, never buffers
         dist.broadcast(buffer, 0)
+    if config.train.cuda_graphs:
+        model.forward = RecordedForward(model, carry_state=config.train.carry_state)
     return engine
 
 
