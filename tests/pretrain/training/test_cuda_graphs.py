@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from pretrain.config import ConfigError, RunConfig, load_config
 from pretrain.mixers.base import map_state
-from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
+from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig, build_model
 from pretrain.training import cuda_graphs
 from pretrain.training.compiled_blocks import compile_blocks
 from pretrain.training.cuda_graphs import MOST_RECORDINGS, RecordedForward
@@ -91,6 +91,36 @@ def test_recordings_train_as_compiled_blocks_do() -> None:
     torch.testing.assert_close(replayed, plain, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize(
+    "on_gpu", [pytest.param(False, id="cpu"), pytest.param(True, id="cuda", marks=pytest.mark.gpu)]
+)
+def test_an_encoder_decoder_trains_as_without(on_gpu: bool, request: pytest.FixtureRequest) -> None:
+    if not on_gpu:
+        request.getfixturevalue("rerun")
+    losses = []
+    for record in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = build_model(load_config(["model=spade_t5_mini", "model.vocab_size=64"]).model)
+        tokens = torch.randint(64, (LANES, 2 * LENGTH))
+        if on_gpu:
+            model, tokens = model.cuda(), tokens.cuda()
+            compile_blocks(model)
+        if record:
+            model.forward = RecordedForward(model, carry_state=False)
+        optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+        for _ in range(STEPS):
+            inputs = {"tokens": tokens[:, :LENGTH], "targets": tokens[:, 1 : LENGTH + 1]}
+            output = model(encoder_tokens=tokens, encoder_mask=None, per_token=True, **inputs)
+            (output.loss_sum / inputs["targets"].numel()).backward()
+            found += [output.nll.mean().detach(), _gradient_norm(model)]
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(torch.stack(found).cpu())
+    assert losses[0][-2] < losses[0][0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+
+
 @pytest.fixture
 def rerun(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of a replay on a GPU: runs again, and writes where the first run wrote."""
@@ -125,7 +155,8 @@ def _model(mixer: str, *, dropout: float = 0.0) -> LanguageModel:
 
 
 def _train(model: LanguageModel, *, record: bool) -> Tensor:
-    """Losses of each micro-batch and, between steps, of an evaluation; the states are carried."""
+    """Losses of each micro-batch and, between steps, the gradient's norm and the loss of an
+    evaluation; the states are carried."""
     device = model.norm.weight.device
     if record:
         model.forward = RecordedForward(model, carry_state=True)
@@ -146,6 +177,7 @@ def _train(model: LanguageModel, *, record: bool) -> Tensor:
                 if not name.endswith("_loss"):
                     statistics[name] = statistics.get(name, 0) + value.detach()
             states[slot] = map_state(Tensor.detach, output.state)
+        losses.append(_gradient_norm(model))
         optimizer.step()
         optimizer.zero_grad()
         model.update_buffers(statistics)
@@ -154,6 +186,11 @@ def _train(model: LanguageModel, *, record: bool) -> Tensor:
             losses.append(_forward(model, tokens[0], states[0]).loss_sum)
         model.train()
     return torch.stack([loss.detach() for loss in losses]).cpu()
+
+
+def _gradient_norm(model: nn.Module) -> Tensor:
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.stack([gradient.norm() for gradient in found]).norm()
 
 
 def _forward(model: LanguageModel, batch: Tensor, state: Any) -> Any:
