@@ -63,7 +63,10 @@ class LongspanModel:
         verify_compiled(self.module, self.config, self.device)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        output = self.forward(tokens[:, :-1], targets=tokens[:, 1:])
+        targets = tokens[:, 1:]
+        # As the trainer: for blocks that take it, a compiler tells it from none.
+        mask = torch.ones_like(targets, dtype=torch.bool)
+        output = self.forward(tokens[:, :-1], targets=targets, loss_mask=mask)
         parts = {name: value for name, value in output.aux.items() if name.endswith("_loss")}
         self.statistics = {k: v.detach() for k, v in output.aux.items() if k not in parts}
         return torch.stack([output.loss_sum, *parts.values()]).sum()

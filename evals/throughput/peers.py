@@ -83,6 +83,7 @@ class Peer:
         for part in parts:
             part.compile(dynamic=False)
         for part, args, kwargs in calls:
+            args[0].requires_grad_()  # as in training: a compiler distinguishes
             want, got = (call(*args, **kwargs) for call in (part.forward, part))
             if isinstance(want, tuple):
                 want, got = want[0], got[0]

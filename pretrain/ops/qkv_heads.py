@@ -117,10 +117,13 @@ def last_tokens(x: Tensor, count: int) -> Tensor:
     """The last `count` tokens of x (B, S, H, K), zeros in front where there are fewer.
 
     In memory of their own: a view would keep all S tokens alive for as long as the state lives.
+    Contiguous even where there are none, whose strides a compiler would tell apart.
     """
     missing = max(0, count - x.shape[1])
     kept = x[:, max(0, x.shape[1] - count) :]
-    return F.pad(kept, (0, 0, 0, 0, missing, 0)) if missing else kept.clone()
+    if missing:
+        return F.pad(kept, (0, 0, 0, 0, missing, 0))
+    return kept.clone(memory_format=torch.contiguous_format)
 
 
 # An autograd function because an operator may not hand out views, and a copy of the values would

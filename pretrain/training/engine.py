@@ -193,8 +193,8 @@ def build_engine(
 
 
 def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Compares one compiled block of each kind with itself uncompiled, as training calls it: with a
-    state only where states are carried.
+    """Compares one compiled block of each kind with itself uncompiled, as training calls it, which
+    then compiles no block any more: a state only where states are carried, inputs with gradients.
 
     Args:
         model: after `compile_blocks`, on `device`.
@@ -211,14 +211,19 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
         if config.model.dropout:
             block.eval()  # compiled code draws other masks
         states = [None, None]
-        read = {"memory": torch.randn(shape, device=device)} if reads_memory else {}
+        more = {}
+        if block.mixer.takes_counted:
+            more["counted"] = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        if reads_memory:
+            more["memory"] = torch.randn(shape, device=device).requires_grad_()
         for segment in segments:
             # As embeddings begin: beside larger x a narrow stream would round away what blocks add.
             x = config.model.init_std * torch.randn(shape, device=device)
             with autocast(config, device):
                 if not config.model.residual_in_fp32:
                     x = x.to(matmul_dtype(x))
-                want, got = block.forward(x, states[0], **read), block(x, states[1], **read)
+                x.requires_grad_()  # a compiler distinguishes
+                want, got = block.forward(x, states[0], **more), block(x, states[1], **more)
             in_fp32 = config.train.precision == "fp32"
             error = compiled_error(block, x, want.x, got.x, each=in_fp32)
             if not error < COMPILED_ERROR:

@@ -1,6 +1,7 @@
 """DeepSpeed's configuration, and what the engine refuses."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pretrain.config import RunConfig, load_config
+from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig, build_model
 from pretrain.models.block import BlockOutput
 from pretrain.training import engine
 from pretrain.training.compiled_blocks import compile_blocks
-from pretrain.training.engine import World, build_engine, deepspeed_config, verify_compiled
+from pretrain.training.engine import (
+    World,
+    autocast,
+    build_engine,
+    deepspeed_config,
+    verify_compiled,
+)
 
 
 def config_with(**zero: object) -> RunConfig:
@@ -167,6 +175,32 @@ def test_compiled_blocks_are_checked_with_a_state_where_training_carries_one(
         block.register_forward_pre_hook(lambda block, inputs: given.append(inputs[1] is not None))
     verify_compiled(built, config, torch.device("cpu"))
     assert given == expected
+
+
+@pytest.mark.parametrize(("name", "carry_state"), [("bst_tiny", True), ("longvq_tiny", False)])
+def test_training_compiles_no_block_that_was_not_checked(name: str, carry_state: bool) -> None:
+    config = load_config([f"model={name}", "train.seq_len=128"])
+    config.train.carry_state, config.train.micro_batch_size = carry_state, 2
+    config.model.vocab_size = 16
+    device, compiled = torch.device("cpu"), []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = build_model(config.model)
+    compile_blocks(model, backend)
+    verify_compiled(model, config, device)
+    checked, state = len(compiled), None
+    tokens = torch.randint(16, (2, 129))
+    mask = torch.ones(2, 128, dtype=torch.bool)
+    for _ in range(4):
+        with autocast(config, device):
+            output = model(tokens[:, :-1], state, targets=tokens[:, 1:], loss_mask=mask)
+        if carry_state:
+            state = map_state(torch.Tensor.detach, output.state)
+    assert len(compiled) == checked + 1  # the norm behind the blocks
 
 
 def test_compiled_blocks_are_checked_without_dropout_and_then_train_with_it() -> None:
