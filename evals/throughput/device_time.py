@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 WARM_UP = 3
-REPEATS = 20
+SECONDS, FEWEST_REPEATS, REPEATS = 2.0, 5, 20
 PAUSE_CYCLES = 10**8  # some 50 ms of an H100
 
 Method = Literal["graph", "queue", "host"]
 
 
 class DeviceTime(NamedTuple):
-    """Milliseconds: the median of `REPEATS` calls and the quartiles around it."""
+    """Milliseconds: the median of as many calls as `SECONDS` hold, 5 to 20, and the quartiles."""
 
     ms: float
     q1: float
@@ -73,9 +73,9 @@ def capture(call: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
 
 
 def _queued(call: Callable[[], Any], method: Method) -> DeviceTime:
-    call()
+    repeats = _repeats(call, torch.cuda.synchronize)
     torch.cuda._sleep(PAUSE_CYCLES)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         call()
@@ -85,11 +85,22 @@ def _queued(call: Callable[[], Any], method: Method) -> DeviceTime:
 
 
 def _on_host(call: Callable[[], Any]) -> DeviceTime:
+    repeats = _repeats(call, lambda: None)
     marks = [time.perf_counter()]
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         call()
         marks.append(time.perf_counter())
     return _summary([1e3 * (after - before) for before, after in pairwise(marks)], "host")
+
+
+def _repeats(call: Callable[[], Any], wait: Callable[[], Any]) -> int:
+    """From the time of one call, on the host or on the device, whichever takes longer."""
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    count = SECONDS / (time.perf_counter() - began)
+    return round(max(FEWEST_REPEATS, min(REPEATS, count)))
 
 
 def _summary(ms: list[float], method: Method) -> DeviceTime:

@@ -3,7 +3,8 @@
 Both in bf16 autocast without gradients. Each is run as it is, compiled, and both of these as CUDA
 graphs; the ratio is between the best of either. Of the Block-Recurrent layer, whose loop over
 blocks a compiler unrolls, the step from block to block is compiled, and up to `unrolled_blocks` the
-whole layer too. It has as many states as a block has tokens, as in its own paper.
+whole layer too. What is not compiled within `timeout_s` is a row that says so. It has as many
+states as a block has tokens, as in its own paper.
 """
 
 import copy
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evals.throughput.compile_limit import compile_limit
 from evals.throughput.device_time import device_time, queued_time
+from evals.throughput.op_jobs import Job
 from evals.throughput.op_rows import OpRow
 from pretrain.mixers import TokenMixer, build
 
@@ -34,9 +37,10 @@ class BSTLayerOptions:
     n_modes: int = 16
     compile: bool = True
     unrolled_blocks: int = 32
+    timeout_s: float = 60.0
 
 
-def measure(options: BSTLayerOptions, lengths: list[int], device: torch.device) -> Iterator[OpRow]:
+def jobs(options: BSTLayerOptions, lengths: list[int], device: torch.device) -> Iterator[Job]:
     """All ways to run both layers at all lengths."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_heads": options.n_heads, "block_size": options.window}
@@ -44,8 +48,6 @@ def measure(options: BSTLayerOptions, lengths: list[int], device: torch.device) 
     bst = build("bst", d_model=d, n_modes=options.n_modes, chunk_size=w, **sizes).to(device)
     rival = build("block_recurrent", d_model=d, n_states=w, **sizes).to(device)
     for length in lengths:
-        shape = (options.batch_size, length, options.d_model)
-        x = torch.randn(shape, device=device)
         forms: dict[str, TokenMixer | Callable[..., object]] = {"bst": bst}
         forms["block_recurrent"] = rival
         if options.compile:
@@ -54,21 +56,42 @@ def measure(options: BSTLayerOptions, lengths: list[int], device: torch.device) 
             if length <= options.unrolled_blocks * options.window:
                 forms["block_recurrent, compiled"] = torch.compile(rival, dynamic=False)
         for form, layer in forms.items():
+            row = OpRow(form, length, options.batch_size)
             definition = bst if form.startswith("bst") else rival
-            error = _error(layer, definition, x[:, : CHECKED_BLOCKS * options.window])
-            row = OpRow(form, length, options.batch_size, error=error)
-            call = partial(_forward, layer, x)
-            yield row._replace(forward=queued_time(call, device))
-            if device.type == "cuda":
-                graphed = device_time(call, device)
-                if graphed.method == "graph":
-                    yield row._replace(forward=graphed)
-                else:
-                    yield row._replace(note="cannot be captured")
+            yield Job(row, partial(_rows, row, layer, definition, options, device))
+
+
+def _rows(
+    row: OpRow,
+    layer: Callable[..., object],
+    definition: TokenMixer,
+    options: BSTLayerOptions,
+    device: torch.device,
+) -> list[OpRow]:
+    """By queue, and as a CUDA graph.
+
+    Raises:
+        NotCompiledError: not within `timeout_s`.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(row.batch_size, row.length, options.d_model, device=device)
+    call = partial(_forward, layer, x)
+    with compile_limit(options.timeout_s):
+        call()
+    row = row._replace(error=_error(layer, definition, x[:, : CHECKED_BLOCKS * options.window]))
+    rows = [row._replace(forward=queued_time(call, device))]
+    if device.type == "cuda":
+        graphed = device_time(call, device)
+        if graphed.method == "graph":
+            rows.append(row._replace(forward=graphed))
+        else:
+            rows.append(row._replace(note="cannot be captured"))
+    return rows
 
 
 def ratios(rows: list[OpRow]) -> list[str]:
-    """How many times faster BST's best form is than the best Block-Recurrent one, per length."""
+    """How many times faster BST's best form is than the best Block-Recurrent one, per length where
+    both are known."""
     found = []
     for length in dict.fromkeys(row.length for row in rows):
         best: dict[str, OpRow] = {}
@@ -76,6 +99,8 @@ def ratios(rows: list[OpRow]) -> list[str]:
             name = row.form.split(",")[0]
             if row.length == length and row.forward:
                 best[name] = min(best.get(name, row), row, key=_milliseconds)
+        if len(best) < 2:
+            continue
         bst, rival = best["bst"], best["block_recurrent"]
         assert bst.forward
         assert rival.forward

@@ -7,11 +7,13 @@ that share operators is seen in one call over eight times as many sequences, div
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from evals.throughput.op_rows import OpRow, errors, time_op
+from evals.throughput.op_jobs import Job
+from evals.throughput.op_rows import Op, OpRow, errors, time_op
 from pretrain.ops.lti_ssm import SSMParameters, lti_ssm, lti_ssm_fft
 
 MICRO_BATCHES = 8
@@ -29,41 +31,43 @@ class SSMOptions:
     compile: bool = True
 
 
-def measure(options: SSMOptions, lengths: list[int], device: torch.device) -> Iterator[OpRow]:
+def jobs(options: SSMOptions, lengths: list[int], device: torch.device) -> Iterator[Job]:
     """Rows in bf16 on a GPU, in fp32 on a CPU."""
 
     def chunked(u: Tensor, *parameters: Tensor) -> Tensor:
         return lti_ssm(u, SSMParameters(*parameters), chunk_size=options.chunk_size)[0]
 
-    def by_fft(u: Tensor, *parameters: Tensor) -> Tensor:
-        return lti_ssm_fft(u, SSMParameters(*parameters))[0]
-
-    forms = {"torch.fft": by_fft, "chunked": chunked}
+    forms = {"torch.fft": _by_fft, "chunked": chunked}
     if options.compile:
         forms["chunked, compiled"] = torch.compile(chunked, dynamic=False)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for length in lengths:
-        torch.manual_seed(0)
-        batch_size = max(1, options.tokens // length)
-        parameters = _parameters(options, device)
         for form, op in forms.items():
-            for shared in (1,) if op is by_fft else (1, MICRO_BATCHES):
-                shape = (shared * batch_size, length, options.d_model)
-                u = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
-                row = OpRow(form, length, batch_size)
+            for shared in (1,) if op is _by_fft else (1, MICRO_BATCHES):
+                row = OpRow(form, length, max(1, options.tokens // length))
                 if shared > 1:
                     row = row._replace(form=f"{form}, operators for {shared} micro-batches")
-                try:
-                    times = time_op(op, [u, *parameters], device)
-                    found = None
-                    if shared == 1:
-                        found = errors(op, by_fft, [u, *parameters])
-                except torch.OutOfMemoryError:
-                    yield row._replace(note="out of memory")
-                    continue
-                forward, both = (time.divided_by(shared) for time in times)
-                row = row._replace(forward=forward, both=both)
-                yield row._replace(error=found[0], gradient_error=found[1]) if found else row
+                yield Job(row, partial(_rows, row, op, shared, options, device))
+
+
+def _rows(
+    row: OpRow, op: Op, shared: int, options: SSMOptions, device: torch.device
+) -> list[OpRow]:
+    """Of `shared` micro-batches in one call, the time for one of them."""
+    torch.manual_seed(0)
+    parameters = _parameters(options, device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (shared * row.batch_size, row.length, options.d_model)
+    inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_(), *parameters]
+    forward, both = (time.divided_by(shared) for time in time_op(op, inputs, device))
+    row = row._replace(forward=forward, both=both)
+    if shared > 1:
+        return [row]
+    error, gradient_error = errors(op, _by_fft, inputs)
+    return [row._replace(error=error, gradient_error=gradient_error)]
+
+
+def _by_fft(u: Tensor, *parameters: Tensor) -> Tensor:
+    return lti_ssm_fft(u, SSMParameters(*parameters))[0]
 
 
 def _parameters(options: SSMOptions, device: torch.device) -> list[Tensor]:

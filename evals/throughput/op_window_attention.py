@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evals.throughput.fla_kernels import window_flash_attention
-from evals.throughput.op_rows import OpRow, errors, time_op
+from evals.throughput.op_jobs import Job
+from evals.throughput.op_rows import Op, OpRow, errors, time_op
 from pretrain.ops.window_attention import window_attention, window_attention_naive
 
 CHECKED_TOKENS, CHECKED_HEADS = 2048, 2  # the definition forms every score
@@ -25,9 +27,9 @@ class WindowAttentionOptions:
     window: int = 512
 
 
-def measure(
+def jobs(
     options: WindowAttentionOptions, lengths: list[int], device: torch.device
-) -> Iterator[OpRow]:
+) -> Iterator[Job]:
     """Rows in bf16 on a GPU, in fp32 on a CPU."""
     w = options.window
 
@@ -44,23 +46,33 @@ def measure(
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
-    forms = {f"window {w}": ours, "all keys, SDPA": all_keys}
-    dtype = torch.float32
+    forms: dict[str, tuple[Op, Op | None]] = {
+        f"window {w}": (ours, definition),
+        "all keys, SDPA": (all_keys, None),
+    }
     if device.type == "cuda":
-        dtype = torch.bfloat16
-        forms[f"window {w}, FlashAttention-2"] = flash
+        forms[f"window {w}, FlashAttention-2"] = flash, definition
     for length in lengths:
-        torch.manual_seed(0)
-        batch_size = max(1, options.tokens // length)
-        shape = (batch_size, length, options.n_heads, options.head_dim)
-        inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
-        few = [x[:1, :CHECKED_TOKENS, :CHECKED_HEADS] for x in inputs]
-        for form, op in forms.items():
-            row = OpRow(form, length, batch_size)
-            try:
-                forward, both = time_op(op, inputs, device)
-                found = (None, None) if op is all_keys else errors(op, definition, few)
-            except torch.OutOfMemoryError:
-                yield row._replace(note="out of memory")
-                continue
-            yield row._replace(forward=forward, both=both, error=found[0], gradient_error=found[1])
+        for form, ops in forms.items():
+            row = OpRow(form, length, max(1, options.tokens // length))
+            yield Job(row, partial(_rows, row, *ops, options, device))
+
+
+def _rows(
+    row: OpRow,
+    op: Op,
+    definition: Op | None,
+    options: WindowAttentionOptions,
+    device: torch.device,
+) -> list[OpRow]:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (row.batch_size, row.length, options.n_heads, options.head_dim)
+    inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+    forward, both = time_op(op, inputs, device)
+    row = row._replace(forward=forward, both=both)
+    if definition is None:
+        return [row]
+    few = [x[:1, :CHECKED_TOKENS, :CHECKED_HEADS] for x in inputs]
+    error, gradient_error = errors(op, definition, few)
+    return [row._replace(error=error, gradient_error=gradient_error)]

@@ -101,7 +101,7 @@ class Measurement:
             "settings": asdict(self) | {"profile": bool(self.profile)},
             "model": asdict(self.config().model),
             "device": device_name,
-            "versions": {name: _version(name) for name in DISTRIBUTIONS},
+            "versions": installed_versions(),
             "source": source_digest(),
         }
 
@@ -113,6 +113,11 @@ def source_digest() -> str:
         for path in sorted((_REPOSITORY / folder).rglob("*.py")):
             digest.update(path.relative_to(_REPOSITORY).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def installed_versions() -> dict[str, str]:
+    """Of everything that results depend on; "" where it is not installed."""
+    return {name: _version(name) for name in DISTRIBUTIONS}
 
 
 def _version(name: str) -> str:
