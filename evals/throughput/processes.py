@@ -125,6 +125,7 @@ def _run(
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",  # on disk, as torch's; else 2 s per kernel
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
