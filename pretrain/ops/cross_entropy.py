@@ -74,8 +74,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 factor = _softmax_residual_(logits, targets[part], mask[part], nll[part], buffer)
                 if d_hidden is None or d_weight is None:
                     continue
-                d_hidden[part] = (logits @ w) * factor
-                _add_product_(d_weight, logits.T, (h * factor).to(dtype))
+                # Rounded as they are written: as a result of its own a product would be wide.
+                torch.mul(logits @ w, factor, out=d_hidden[part])
+                scaled = torch.mul(h, factor, out=torch.empty_like(h))
+                _add_product_(d_weight, logits.T, scaled)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
