@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from evals.throughput.settings import Measurement
 from pretrain.config import RunConfig
 from pretrain.models import LanguageModel
+from pretrain.models.block import keep_states
 from pretrain.training.engine import compile_blocks, verify_compiled
 
 
@@ -54,6 +55,7 @@ class LongspanModel:
         self.config, self.device = config, device
         with device:
             self.module = LanguageModel(config.model)
+        keep_states(self.module, config.train.carry_state)
         self.train_flops = 3 * sum(self.module.flops_per_token(m.length).values())
         self.forward: nn.Module = self.module  # DeepSpeed's engine takes its place
         self.statistics: dict[str, Tensor] = {}

@@ -37,9 +37,12 @@ class Block(nn.Module):
 
     Attributes:
         reads_memory: True where forward takes `memory`, an encoder's output.
+        keeps_state: False where nothing carries states in training: none is returned there, and a
+            compiler leaves out what only a state needs. In evaluation there always is one.
     """
 
     reads_memory: ClassVar[bool] = False
+    keeps_state: bool = True
 
     def __init__(
         self,
@@ -86,7 +89,15 @@ class Block(nn.Module):
             extra["padding"] = padding
         mixed = self.mixer(self.mixer_norm(x), state, resets=resets, **extra)
         x = x + self.dropout(mixed.y if mixed.gate is None else mixed.gate * (mixed.y - x))
-        return BlockOutput(x, mixed.state, mixed.aux)
+        kept = mixed.state if self.keeps_state or not self.training else None
+        return BlockOutput(x, kept, mixed.aux)
+
+
+def keep_states(model: nn.Module, keep: bool) -> None:
+    """Sets `Block.keeps_state` of all blocks in `model`."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.keeps_state = keep
 
 
 def update_buffers(layers: Sequence[TokenMixer], statistics: dict[str, Tensor]) -> None:

@@ -150,14 +150,17 @@ class _PrepareParts(torch.autograd.Function):
         last: int,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(qkv, scale, cos, sin)
+        ctx.set_materialize_grads(False)  # no zeros for a state that nobody keeps
         q, k = prepare_parts(qkv, scale, cos, sin)
         others = (qkv[:, :, part] for part in range(2, qkv.shape[2]))
         return (q, k, *others, qkv[:, qkv.shape[1] - last :, 1:3])
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *above: Tensor | None) -> tuple[Tensor | None, ...]:
         qkv, scale, cos, sin = ctx.saved_tensors
-        *d_parts, d_last = above
+        batch, length, parts, *head = qkv.shape
+        d_parts = [qkv.new_zeros(batch, length, *head) if d is None else d for d in above[:parts]]
+        d_last = qkv.new_empty(batch, 0, 2, *head) if above[parts] is None else above[parts]
         d_qkv, d_scale = prepare_parts_backward(d_parts, d_last, qkv, scale, cos, sin)
         return d_qkv, None if scale is None else d_scale, None, None, None
 

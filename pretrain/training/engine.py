@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
+from pretrain.models.block import keep_states
 from pretrain.ops.numerics import matmul_dtype
 from pretrain.training.compiled_blocks import COMPILED_ERROR, compile_blocks, compiled_error
 from pretrain.training.cuda_graphs import RecordedForward
@@ -171,6 +172,7 @@ def build_engine(
                 f"torch.view_as_real(...) and view it as complex in forward"
             )
     model.to(world.device)
+    keep_states(model, config.train.carry_state)
     if config.train.compile:
         compile_blocks(model)  # before initialize: ZeRO's hooks then wrap compiled blocks
         verify_compiled(model, config, world.device)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain import mixers
-from pretrain.models.block import Block
+from pretrain.models.block import Block, keep_states
 
 D_MODEL, D_FF = 8, 12
 
@@ -31,3 +31,15 @@ def test_block_mixes_tokens_then_channels_each_normed_and_added(mlp) -> None:
     mixed = x + mixer(F.rms_norm(x, (D_MODEL,), block.mixer_norm.weight, 1e-6)).y
     want = mixed + mlp(block, F.rms_norm(mixed, (D_MODEL,), block.mlp_norm.weight, 1e-6))
     torch.testing.assert_close(block(x).x, want)
+
+
+def test_states_that_nothing_carries_are_returned_in_evaluation_alone() -> None:
+    mixer = mixers.build("swa", d_model=D_MODEL, n_heads=2, window_size=4)
+    block = Block("swa", mixer, d_model=D_MODEL, d_ff=D_FF, mlp="gelu")
+    x = torch.randn(1, 4, D_MODEL)
+    assert block(x).state is not None
+    keep_states(torch.nn.ModuleList([block]), False)
+    assert block(x).state is None
+    assert block.eval()(x).state is not None
+    keep_states(block, True)
+    assert block.train()(x).state is not None

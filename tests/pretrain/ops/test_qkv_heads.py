@@ -146,6 +146,20 @@ def test_interpreted_kernels_equal_the_definition(name: str, dtype: torch.dtype)
     check_against_the_definition(fused_prepare_qkv, CASES[name], dtype, "cpu")
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("used", [[0], [1], [2, 3], [0, 1, 2, 3]], ids=str)
+def test_what_nobody_uses_adds_nothing_to_the_gradient(used: list[int]) -> None:
+    """The keys and values of a state above all."""
+    case = CASES["four parts"]
+    leaves, options = problem(case, torch.float64, "cpu")
+    found = []
+    for form in (lambda *x, **o: flat(fused_prepare_qkv(*x, **o)), definition):
+        outputs = [call(form, case, leaves, **options)[i] for i in used]
+        loss = sum((y * (1 + torch.arange(y.numel()).view(y.shape))).sum() for y in outputs)
+        found.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    torch.testing.assert_close(*found)
+
+
 def check_compiled(name: str, backend: str, device: str) -> None:
     """In one graph, and to the same numbers."""
 
@@ -185,7 +199,7 @@ def test_compiled_it_computes_the_same(name: str) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("name", [name for name in COMPILED if CASES[name].keep])
 def test_no_other_kernel_touches_the_gradient_of_the_projection(name: str) -> None:
-    """Not even for what a state keeps, of which a compiled block always has gradients."""
+    """Not even for what a state keeps, of which a compiled block that returns it has gradients."""
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
