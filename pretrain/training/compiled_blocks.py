@@ -34,26 +34,27 @@ def compiled_error(
 
     Args:
         block: has the parameters.
-        x: what it was given.
+        x: what it was given, with a gradient.
         want: what it made uncompiled, like `x`.
         got: what it made compiled, like `x`.
         each: compare each parameter's gradient by itself, as fp32 allows: inductor of torch 2.11
             was seen to make a single one wrong, 1 % of all. In bf16 single ones cancel, and all
             are compared as one.
     """
-    wanted, found = _gradients(block, want), _gradients(block, got)
+    (*wanted, wanted_x), (*found, found_x) = (_gradients(block, x, y) for y in (want, got))
     total = torch.cat(wanted)
     pairs = list(zip(wanted, found, strict=True)) if each else [(total, torch.cat(found))]
     least = SHARE * total.norm().item()
     errors = [((b - a).norm() / a.norm().clamp(min=max(least, TINY))).item() for a, b in pairs]
+    errors.append(((found_x - wanted_x).norm() / wanted_x.norm().clamp(min=TINY)).item())
     # What the block adds, not the residual stream it is added to.
     errors.append(((got - want).norm() / (want - x).norm().clamp(min=TINY)).item())
     return torch.tensor(errors).max().item()  # NaN if one is; Python's max would pass over it
 
 
-def _gradients(block: nn.Module, y: Tensor) -> list[Tensor]:
-    """The gradient of a functional of y by each parameter, flat; zeros where it takes no part."""
-    parameters = [p for p in block.parameters() if p.requires_grad]
+def _gradients(block: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Those of a functional of y by each parameter and by x, flat; zeros where one has no part."""
+    inputs = [*(p for p in block.parameters() if p.requires_grad), x]
     loss = y.float().square().sum()
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return [g.flatten().float() for g in found]

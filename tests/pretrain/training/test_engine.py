@@ -121,13 +121,17 @@ def test_wrongly_compiled_code_is_found_before_training() -> None:
             output = self.forward(*args)
             return output._replace(x=output.x.detach() + 0.5 * (output.x - output.x.detach()))
 
+    class WrongGradientOfTheInput(type(model.blocks[1])):  # type: ignore[misc]
+        def __call__(self, x: torch.Tensor, *args: object) -> BlockOutput:
+            return self.forward(1.2 * x - 0.2 * x.detach(), *args)
+
     class NotANumber(type(model.blocks[1])):  # type: ignore[misc]
         def __call__(self, *args: object) -> BlockOutput:
             output = self.forward(*args)
             output.x.register_hook(lambda gradient: gradient * torch.nan)
             return output
 
-    for wrong in (WrongOutput, WrongGradient, NotANumber):
+    for wrong in (WrongOutput, WrongGradient, WrongGradientOfTheInput, NotANumber):
         model.blocks[1].__class__ = wrong
         with pytest.raises(ValueError, match=r"train\.compile=true: the compiled 's4d' block"):
             verify_compiled(model, config, device)
