@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from launch import prepare
 from launch import train as train_command
@@ -112,8 +113,11 @@ def test_stopped_by_sigterm_and_started_again_the_command_finishes(
     assert (info["step"], info["tokens"]) == (total, total * 256)
     with torch.no_grad():
         tokens = torch.randint(0, 256, (1, 33))
-        output_sum = model(tokens[:, :-1], targets=tokens[:, 1:]).loss_sum
-    assert output_sum.isfinite()
+        output = model(tokens[:, :-1], targets=tokens[:, 1:])
+    assert output.loss_sum.isfinite()
+    (first, _) = sorted((run / "checkpoints" / f"step_{total:08d}").glob("carried_*.pt"))
+    carried = torch.load(first, weights_only=True)
+    assert len(carried) == len(tree_leaves(output.state))
     files = "config.yaml environment.json metrics.jsonl tensorboard train.log checkpoints DONE"
     assert {path.name for path in run.iterdir()} == {*files.split(), "profile"}
     assert len(list((run / "profile").iterdir())) == 2
