@@ -106,7 +106,7 @@ python launch/prepare.py data="$CORPORA/books_large/train-00.jsonl.xz" \
 say "2/5 pretraining three encoders at 512 tokens, then at 4,096"
 python launch/sweep.py sweep=denoising_study workers=3 out_dir="$STUDY/pretrained_512" \
   data.path="$CORPUS" "$@"
-printf '%s\n' t5_mini spade_t5_mini local_t5_mini | run_jobs lengthen
+basename -a "$STUDY"/pretrained_512/*/ | run_jobs lengthen
 
 say "3/5 fine-tuning one seed at each rate, $WORKERS at a time"
 for job in "${JOBS[@]}"; do

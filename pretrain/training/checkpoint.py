@@ -82,12 +82,10 @@ def plan_resume(
         ValueError: when there is nothing to resume but `resume.mode=must`, something to overwrite
             but `resume.mode=never`, or the checkpoint belongs to another model or tokenizer.
     """
-    return on_main(world, lambda: _find_checkpoint(config, model, world, tokenizer))
+    return on_main(world, lambda: _plan(config, model, world, tokenizer))
 
 
-def _find_checkpoint(
-    config: RunConfig, model: nn.Module, world: World, tokenizer: str
-) -> ResumePlan | None:
+def _plan(config: RunConfig, model: nn.Module, world: World, tokenizer: str) -> ResumePlan | None:
     root, mode = config.run_dir / "checkpoints", config.resume.mode
     if mode == "never":
         if any(root.glob("step_*")):

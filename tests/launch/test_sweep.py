@@ -11,7 +11,7 @@ import pytest
 
 from evals.seeds import recipe_sha256
 from launch import sweep
-from pretrain.config import CONFIG_DIR, RunConfig
+from pretrain.config import CONFIG_DIR, RunConfig, load_config
 
 # Stands in for launch/train.py: notes its environment, fails or waits as its seed says.
 STUB = """
@@ -90,6 +90,9 @@ def test_encoder_decoders_are_compared_at_equal_steps_and_batches() -> None:
     study = [run.config for run in sweep.expand(["sweep=denoising_study"])]
     assert {c.name for c in study} == {"spade_t5_mini", "t5_mini", "local_t5_mini"}
     assert {(c.total_steps, c.optim.learning_rate, c.seed) for c in study} == {(8000, 4e-3, 0)}
+    short, long = study[0], load_config(["experiment=denoising_study_long"])
+    assert long.train.global_batch_tokens == short.train.global_batch_tokens
+    assert (long.train.seq_len, long.total_steps) == (8 * short.train.seq_len, 1500)
     base = [run.config for run in sweep.expand(["sweep=denoising_base"])]
     assert {c.train.micro_batch_size * c.train.seq_len for c in base} == {16384}
     assert {(c.total_steps, c.train.global_batch_tokens) for c in base} == {(150, 65536)}
