@@ -63,7 +63,7 @@ class RecordedForward:
         self.model, self.forward, self.carry_state = model, model.forward, carry_state
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.recordings: list[Recording] = []
-        self.recording = False
+        self.unhooked = _Unhooked(model, self.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
         """Arguments of `model.forward`, `targets` among them.
@@ -71,7 +71,7 @@ class RecordedForward:
         Raises:
             ValueError: micro-batches are of too many kinds.
         """
-        if self.recording or not (self.model.training and torch.is_grad_enabled()):
+        if not (self.model.training and torch.is_grad_enabled()):
             return self.forward(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         kind = [
@@ -103,13 +103,9 @@ class RecordedForward:
             # Leaves of this run alone: autograd's nodes of the parameters themselves may be older,
             # and of the default stream, which must not wait for one that is recorded.
             own: dict[str, Tensor] = {
-                n: nn.Parameter(p.detach()) for n, p in self.parameters.items()
+                f"model.{n}": nn.Parameter(p.detach()) for n, p in self.parameters.items()
             }
-            self.recording = True
-            try:
-                output = functional_call(self.model, own, args, kwargs)
-            finally:
-                self.recording = False
+            output = functional_call(self.unhooked, own, args, kwargs)
             losses = [value for name, value in output.aux.items() if name.endswith("_loss")]
             loss = torch.stack([output.loss_sum, *losses]).sum()
             gradients = torch.autograd.grad(loss, tuple(own.values()), allow_unused=True)
@@ -122,6 +118,18 @@ class RecordedForward:
         pairs = zip(self.parameters.values(), gradients, strict=True)
         used = {parameter: gradient for parameter, gradient in pairs if gradient is not None}
         return Recording(kind, _tensors(inputs), replay, output, used)
+
+
+class _Unhooked(nn.Module):
+    """The model's forward without its hooks: DeepSpeed's wait for the device, which a recording
+    forbids, and have run when a micro-batch comes to be recorded."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., ModelOutput]) -> None:
+        super().__init__()
+        self.model, self.model_forward = model, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        return self.model_forward(*args, **kwargs)
 
 
 class _Replayed(torch.autograd.Function):

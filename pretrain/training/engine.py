@@ -120,6 +120,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": grad_accum_steps,
         "gradient_clipping": config.optim.grad_clip,
         "steps_per_print": sys.maxsize,  # our own console line reports
+        # Its stopwatch waits for the device twice per micro-batch. (deepspeed/utils/timer.py)
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # Offload otherwise refuses torch's AdamW and wants its own, which needs a compiler.

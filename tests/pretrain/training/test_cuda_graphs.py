@@ -39,6 +39,16 @@ def test_accumulation_states_dropout_and_evaluation_are_as_without(mixer: str, r
     torch.testing.assert_close(replayed, plain, rtol=1e-5, atol=0)
 
 
+def test_hooks_run_once_per_call(rerun: None) -> None:
+    model, tokens = _model("swa"), torch.zeros(LANES, LENGTH, dtype=torch.int64)
+    model.forward, called = RecordedForward(model, carry_state=False), []
+    model.register_forward_pre_hook(lambda *_: called.append("before"))
+    model.register_forward_hook(lambda *_: called.append("after"))
+    for _ in range(2):
+        model(tokens, targets=tokens)
+    assert called == ["before", "after"] * 2
+
+
 def test_only_states_that_are_carried_are_returned(rerun: None) -> None:
     model, tokens = _model("swa"), torch.zeros(LANES, LENGTH, dtype=torch.int64)
     assert model(tokens, targets=tokens).state is not None
@@ -103,15 +113,18 @@ def test_an_encoder_decoder_trains_as_without(on_gpu: bool, request: pytest.Fixt
         torch.manual_seed(0)
         model = build_model(load_config(["model=spade_t5_mini", "model.vocab_size=64"]).model)
         tokens = torch.randint(64, (LANES, 2 * LENGTH))
+        partial = (torch.arange(2 * LENGTH) < LENGTH).expand(LANES, -1)
         if on_gpu:
-            model, tokens = model.cuda(), tokens.cuda()
+            model, tokens, partial = model.cuda(), tokens.cuda(), partial.cuda()
             compile_blocks(model)
         if record:
             model.forward = RecordedForward(model, carry_state=False)
+        if on_gpu:  # as DeepSpeed's timer does
+            model.register_forward_pre_hook(lambda *_: torch.cuda.synchronize())
         optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-        for _ in range(STEPS):
+        for mask in (None, None, partial, partial):  # an epoch's last batch is recorded late
             inputs = {"tokens": tokens[:, :LENGTH], "targets": tokens[:, 1 : LENGTH + 1]}
-            output = model(encoder_tokens=tokens, encoder_mask=None, per_token=True, **inputs)
+            output = model(encoder_tokens=tokens, encoder_mask=mask, per_token=True, **inputs)
             (output.loss_sum / inputs["targets"].numel()).backward()
             found += [output.nll.mean().detach(), _gradient_norm(model)]
             optimizer.step()

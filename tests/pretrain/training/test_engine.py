@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.utils.config import get_timers_config
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -39,6 +40,11 @@ def test_batch_triple_and_clipping_are_always_explicit() -> None:
     micro, accumulation, batch = (generated[key] for key in triple)
     assert micro * accumulation * 2 == batch == 8192 // 512
     assert generated["gradient_clipping"] == 0.0  # omitted, DeepSpeed clips at 1.0
+
+
+def test_deepspeed_does_not_wait_for_the_device_to_time_itself() -> None:
+    assert get_timers_config({}).enabled
+    assert not get_timers_config(deepspeed_config(RunConfig(), world_size=1)).enabled
 
 
 def test_extra_is_merged_deeply_and_wins() -> None:
