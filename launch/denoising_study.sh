@@ -5,8 +5,9 @@
 # -> one table per task. FOLDER has books_large/ (train-00 and validation) and a folder per task of
 # configs/task/. Every row tries all RATES with its first seed and takes the one that does best on
 # validation. Processes are dealt out to the visible GPUs, WORKERS at a time; made for two GPUs and 32
-# cores. Finished steps are recognised and skipped. Arguments go to both pretrainings, FINETUNE (words
-# of launch/finetune.py) to every fine-tuning:
+# cores. Finished steps are recognised and skipped. Arguments go to both pretrainings (on GPUs
+# `train.compile=true train.cuda_graphs=true` halve their time), FINETUNE (words of
+# launch/finetune.py) to every fine-tuning:
 #   WORKERS=2 STUDY=runs/try FINETUNE="steps=4 test_examples=8 max_target_tokens=8 truncate=true" \
 #     launch/denoising_study.sh train.total_tokens=64K
 set -euo pipefail
