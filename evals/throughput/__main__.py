@@ -11,7 +11,8 @@ of `tokens` at every length (at least one sequence). FLOPs by the convention of
     like=             the model whose size the peers take; default: the first of models
     lengths=          tokens per sequence
     tokens=           of a micro-batch; auto: 8k to 128k, until memory ends, and the best is shown
-    loops=            plain, deepspeed (ZeRO-1), trainer; peers are measured in the plain one only
+    loops=            plain, deepspeed, trainer; peers are measured in the plain one only
+    zero_stage=1      of the loops through DeepSpeed; 0 moves gradients least, on one GPU
     precision=        bf16 (autocast), fp32, or bf16_weights (peers only)
     residual_in_fp32= true, or false for a residual stream in bf16; ours only
     compile=true, checkpointing=false, vocab_size=32128, seconds=4 (timed per measurement)
@@ -52,6 +53,7 @@ class ThroughputArguments:
     lengths: str = "4096,32768,131072"
     tokens: str = "65536"
     loops: str = "plain"
+    zero_stage: int = 1
     precision: str = "bf16"
     compile: bool = True
     checkpointing: bool = False
@@ -94,6 +96,8 @@ def main(argv: list[str]) -> int:
     facts = f"{machine.describe()}; {arguments.precision}, {policy}"
     if not arguments.residual_in_fp32:
         facts += ", residual stream of our models in bf16"
+    if arguments.loops != "plain":
+        facts += f", DeepSpeed with ZeRO stage {arguments.zero_stage}"
     text = f"{facts}\n\n{report.markdown(chosen)}\n"
     text += "".join(f"- {sentence}\n" for sentence in report.sentences(rows))
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -184,6 +188,7 @@ def _sizes(
             seconds=arguments.seconds,
             device=choose_device(arguments.device).type,
             profile=profile,
+            zero_stage=arguments.zero_stage,
         )
         measurement.config()  # refuses an unknown model before anything is measured
         yield measurement

@@ -1,7 +1,7 @@
 """Three loops around one training step, so that what each adds can be told apart.
 
 plain      forward, backward, clipping, fused AdamW, zero_grad: nothing but torch
-deepspeed  the same through the engine of training, ZeRO-1, and `take_step`
+deepspeed  the same through the engine of training and `take_step`
 trainer    the whole `Trainer`, with batches from pinned memory instead of a corpus
 """
 
@@ -149,8 +149,7 @@ def through_trainer(m: Measurement, clock: StepClock, say: Say, run_dir: Path) -
 
     def check() -> None:
         nll, _, valid = trainer.window.tolist()
-        norm = math.inf if trainer.engine.skipped_steps else trainer.engine.get_global_grad_norm()
-        check_first_step(nll / valid, float(norm), m.vocab_size)
+        check_first_step(nll / valid, float(trainer.grad_norm), m.vocab_size)
 
     loader.check = check
     try:

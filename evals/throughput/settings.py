@@ -33,7 +33,7 @@ class Measurement:
         vocab_size: entries of the vocabulary.
         length: tokens per sequence.
         batch_size: sequences per micro-batch; an optimizer step has one micro-batch.
-        loop: "plain" torch, our engine on "deepspeed" ZeRO-1, or the whole "trainer".
+        loop: "plain" torch, our engine on "deepspeed", or the whole "trainer".
         precision: "bf16" autocast over fp32 weights, "fp32", or "bf16_weights" (peers only).
         compile: compile blocks; peers with kernels of their own have nothing to compile.
         checkpointing: recompute every block in the backward.
@@ -41,6 +41,7 @@ class Measurement:
         seconds: of the device to be timed; 3 to 20 steps.
         device: "cuda" or "cpu".
         profile: file for a table of kernels by time in one more step; "" for none.
+        zero_stage: of the loops through DeepSpeed.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Measurement:
     seconds: float
     device: str
     profile: str = ""
+    zero_stage: int = 1
 
     @property
     def is_peer(self) -> bool:
@@ -89,7 +91,7 @@ class Measurement:
                 f"train.total_tokens={10**6 * self.tokens}",  # the clock ends it before
                 f"train.precision={'fp32' if self.precision == 'fp32' else 'bf16'}",
                 f"train.compile={self.compile}",
-                "zero.stage=1",
+                f"zero.stage={self.zero_stage}",
                 f"out_dir={run_dir.parent}",
                 f"name={run_dir.name}",
             ]

@@ -92,6 +92,7 @@ class Trainer:
             self.carried = restore(self.engine, plan, config, world) or self.carried
         self.saved_step = self.step if plan else -1
         self.finished = bool(plan and plan.finished and self.step >= config.total_steps)
+        self.grad_norm: Tensor | float = 0.0  # of the last step, before clipping; inf if skipped
         self.skipped_in_a_row = 0
         self.stop_requested = False
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -151,12 +152,12 @@ class Trainer:
                     f"rank {self.world.rank} cannot read the data of step {self.step + 1}: {error}"
                 ) from error
             self.stopwatch.waited += time.perf_counter() - began
-            grad_norm, stop = self._train_step(micro_batches)
+            stop = self._train_step(micro_batches)
             self.step += 1
             self.profiler.after_step(self.step)
             last = self.step == config.total_steps
             if self.step % every == 0 or last or stop:
-                self._report(grad_norm)
+                self._report()
             if self._due(config.eval.every_tokens) and not last:
                 self._evaluate()
             if self._due(config.checkpoint.every_tokens) or last or stop:
@@ -172,11 +173,11 @@ class Trainer:
             )
         return True
 
-    def _train_step(self, micro_batches: list[AnyBatch]) -> tuple[Tensor | float, bool]:
+    def _train_step(self, micro_batches: list[AnyBatch]) -> bool:
         """One optimizer step.
 
         Returns:
-            The gradient norm, and whether any rank was asked to stop.
+            Whether any rank was asked to stop.
         """
         engine, config = self.engine, self.config
         self._set_learning_rates()
@@ -208,7 +209,7 @@ class Trainer:
                 engine.step()  # counts the micro-batch; no update before the last one
         self.window[2] += valid
         self.window_steps += 1
-        grad_norm, applied = take_step(engine)
+        self.grad_norm, applied = take_step(engine)
         if applied and statistics:
             for name in sorted(statistics):
                 dist.all_reduce(statistics[name])
@@ -216,7 +217,7 @@ class Trainer:
         if not applied:  # the states may hold the NaN as well: every lane begins anew
             self.carried = [None] * self.grad_accum_steps
         self._count_skips(applied)
-        return grad_norm, bool(counts[1])  # take_step has waited for the device anyway
+        return bool(counts[1])  # take_step has waited for the device anyway
 
     def _set_learning_rates(self) -> None:
         train = self.config.train
@@ -237,7 +238,7 @@ class Trainer:
             f"optim.learning_rate, lengthen schedule.warmup_fraction, or look at the data there"
         )
 
-    def _report(self, grad_norm: Tensor | float) -> None:
+    def _report(self) -> None:
         dist.all_reduce(self.window)
         nll, auxiliary, valid = self.window.tolist()
         steps, self.window_steps = self.window_steps, 0
@@ -252,7 +253,7 @@ class Trainer:
             "loss": loss,
             **{f"loss/{name}": mean for name, mean in groups.items()},
             **metrics.bits_per_byte_of(loss, self.facts.bytes_per_token),
-            "grad_norm": float(grad_norm),
+            "grad_norm": float(self.grad_norm),
             "skipped_steps": float(self.engine.skipped_steps),
             **metrics.speed(rate, self.world.size, self.train_flops, self.world.device),
             "data_fraction": waited / seconds,

@@ -37,6 +37,13 @@ def test_the_trainer_is_timed_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "measured before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("loop", ["deepspeed", "trainer"])
+def test_the_stage_of_zero_is_taken_and_stated(tmp_path: Path, loop: str) -> None:
+    assert main([*words_for(tmp_path, loop), "zero_stage=0"]) == 0
+    assert rows_of(tmp_path)[0]["status"] == "ok"
+    assert "DeepSpeed with ZeRO stage 0" in (tmp_path / "throughput.md").read_text()
+
+
 def test_a_narrow_residual_stream_is_timed_and_stated(tmp_path: Path) -> None:
     words = [w for w in words_for(tmp_path, "plain") if not w.startswith("precision")]
     assert main([*words, "precision=bf16", "residual_in_fp32=false"]) == 0
@@ -86,6 +93,7 @@ def test_auto_tries_every_size_once_smallest_first() -> None:
         ("seconds=0", "greater than 0"),
         ("residual_in_fp32=false precision=fp32", "there is none; use precision=bf16"),
         ("lengths=0", "at least 1"),
+        ("zero_stage=4", "zero.stage=4"),
     ],
 )
 def test_bad_words_are_refused_with_the_reason(
