@@ -6,9 +6,11 @@ Shapes: B batch, T time, H heads, P head width, G groups (of H / G heads with th
 N state size, C chunk size.
 
 `ssd` is the chunked form: inside a chunk this *is* attention without a softmax, with scores
-c_t . b_s times the decay exp(l_{s+1} + ... + l_t), so almost all of the work is matmuls. Sums of
-log decays are formed as masked cumulative sums: as differences of one cumulative sum they lose
-the digits that decide between recent tokens.
+c_t . b_s times the decay exp(l_{s+1} + ... + l_t), so almost all of the work is matmuls. Forms:
+
+- on a GPU, an operator that keeps its inputs alone for the backward (pretrain/ops/ssd_kernels.py);
+- on a CPU and in fp64, torch's products. Sums of log decays are formed as masked cumulative sums:
+  as differences of one cumulative sum they lose the digits that decide between recent tokens.
 """
 
 from typing import Any
@@ -41,7 +43,7 @@ def ssd(
         state: (B, H, P, N) in at least fp32, the state after the previous token; None: zero.
         resets: (B, n) bool, True where the state is zeroed before the token at that edge.
         edges: the n token offsets of `resets`; their spacing is a multiple of `chunk_size`.
-        chunk_size: tokens per chunk; changes the speed, not the result.
+        chunk_size: tokens per chunk; changes the speed, not the result. A GPU's kernels have theirs.
 
     Returns:
         y like `u`, and the state after the last token, (B, H, P, N).
@@ -49,6 +51,8 @@ def ssd(
     Raises:
         ValueError: `chunk_size` does not divide the spacing of the edges.
     """
+    if u.is_cuda and u.dtype != torch.float64:
+        return fused_ssd(u, log_decay, b, c, state, resets=resets, edges=edges)
     outputs = []
     with no_autocast(u):
         log_decay = log_decay.to(wide_dtype(u))
@@ -158,6 +162,91 @@ def _backward_of_scan(ctx: Any, d_before: Tensor, d_s: Tensor) -> tuple[Tensor |
 
 
 ssd_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)
+
+
+def fused_ssd(
+    u: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    edges: range = range(0),
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The GPU's form, not for fp64; documents may begin anywhere. Signature of `ssd`."""
+    del chunk_size
+    log_decay = log_decay.float()
+    if resets is not None:
+        starts = torch.zeros(log_decay.shape[:2], dtype=torch.bool, device=u.device)
+        starts[:, edges.start :: edges.step] = resets
+        log_decay = log_decay.masked_fill(starts.unsqueeze(-1), -torch.inf)
+    state = None if state is None else state.float()
+    return ssd_whole(u, log_decay, b.to(u.dtype), c.to(u.dtype), state)
+
+
+@torch.library.custom_op("longspan::ssd", mutates_args=())
+def ssd_whole(
+    u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `ssd_kernels.ssd_forward`."""
+    from pretrain.ops.ssd_kernels import ssd_forward
+
+    return ssd_forward(u, log_decay, b, c, state)
+
+
+@torch.library.custom_op("longspan::ssd_backward", mutates_args=())
+def _ssd_whole_backward(
+    dy: Tensor,
+    d_last: Tensor,
+    u: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `ssd_kernels.ssd_backward`."""
+    from pretrain.ops.ssd_kernels import ssd_backward
+
+    return ssd_backward(dy, d_last, u, log_decay, b, c, state)
+
+
+@ssd_whole.register_fake
+def _(
+    u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, _, n_heads, width = u.shape
+    return u.new_empty(u.shape), log_decay.new_empty(batch, n_heads, width, b.shape[3])
+
+
+@_ssd_whole_backward.register_fake
+def _(
+    dy: Tensor,
+    d_last: Tensor,
+    u: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_u, d_log_decay, d_b, d_c, d_state = (
+        x.new_empty(x.shape) for x in (u, log_decay, b, c, d_last)
+    )
+    return d_u, d_log_decay, d_b, d_c, d_state
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_of_whole(ctx: Any, dy: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    *gradients, d_state = _ssd_whole_backward(dy, d_last, *inputs)
+    return *gradients, None if inputs[4] is None else d_state
+
+
+ssd_whole.register_autograd(_backward_of_whole, setup_context=_save_inputs)
 
 
 def ssd_naive(

@@ -1,0 +1,556 @@
+"""Triton kernels of `ssd`: chunks in parallel, but for the one recurrence from chunk to chunk.
+
+With A_t the sum of a chunk's log decays up to token t, A_C that of all, H the state before a chunk:
+
+    y_t = exp(A_t) H c_t + sum_{s <= t} (c_t . b_s) exp(A_t - A_s) u_s           `_outputs`
+    H'  = exp(A_C) H + sum_s exp(A_C - A_s) u_s b_s^T                            `_states`
+
+and with dy and the gradient E of the state behind the chunk, which the same recurrence gives from
+the right (exp(A_t) dy_t c_t^T in place of what tokens write), `_gradients` has
+
+    du_s = exp(A_C - A_s) E b_s + sum_{t >= s} (c_t . b_s) exp(A_t - A_s) dy_t
+    db_s = sum_heads exp(A_C - A_s) E^T u_s + sum_{t >= s} (dy_t . u_s) exp(A_t - A_s) c_t
+    dc_t = sum_heads exp(A_t) H^T dy_t + sum_{s <= t} (dy_t . u_s) exp(A_t - A_s) b_s
+    dl_t = every term that exp(l_t) is a factor of.
+
+Shapes: B batch, T time, H heads, P head width, G groups, N state size, J chunks of C tokens. Scores
+and decays live in registers. Heads of a group share b and c, so that one program runs over several:
+scores c_t . b_s are formed once, and db and dc summed without atomics, in an order that is fixed.
+
+Differences of fp32 sums lose the digits that decide between recent tokens (1e-4 of a weight after
+1,000). So each log decay is cut into a multiple of 1/128, whose sums are exact, and a rest, whose
+sums stay below 2: `_sums`. A decay of 2^-160 is 0 in fp32 and anything below may count as that, so
+that sums have a bound, and a reset is a log decay of minus infinity.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+ZERO = tl.constexpr(-160.0)  # 2^-160 is 0 in fp32, subnormals included
+GRID = tl.constexpr(128.0)  # 256 tokens x 160 x 128 < 2^24: sums on this grid are exact
+
+
+class Tiling(NamedTuple):
+    """chunk: tokens, at most 256. heads: most per program. warps, stages: Triton's."""
+
+    chunk: int
+    heads: int
+    warps: int
+    stages: int
+
+
+OUTPUTS = Tiling(chunk=128, heads=8, warps=8, stages=2)
+GRADIENTS = Tiling(chunk=64, heads=32, warps=8, stages=2)
+STATE_WARPS, STATE_STAGES = 4, 3
+WIDTH_TILE, STATE_TILE = 64, 64  # most elements of a state per program, P x N
+ENOUGH_PROGRAMS = 256  # of `_states`: some two per multiprocessor
+
+
+@triton.jit
+def _sums(
+    log_decay,
+    sums,
+    length,
+    n_heads,
+    chunks,
+    stride_b,
+    stride_t,
+    stride_h,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """(B, T, H) -> (2, B, H, J * C): log2 decays summed from the start of a chunk, on a grid and
+    the rest; nothing decays behind the last token."""
+    row, j = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    t = j * CHUNK + tl.arange(0, CHUNK)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    here = (t < length)[:, None] & (h < n_heads)[None, :]
+    at = row.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t + h[None, :] * stride_h
+    power = tl.load(log_decay + at, here, 0.0) * LOG2_E
+    power = tl.where(power < ZERO, ZERO, power)  # a maximum would drop NaN
+    coarse = tl.floor(power * GRID) / GRID
+    padded = chunks * CHUNK
+    place = (row * n_heads + h).to(tl.int64)[None, :] * padded + t[:, None]
+    rest = (tl.num_programs(0) // chunks).to(tl.int64) * n_heads * padded
+    tl.store(sums + place, tl.cumsum(coarse, 0), (h < n_heads)[None, :])
+    tl.store(sums + rest + place, tl.cumsum(power - coarse, 0), (h < n_heads)[None, :])
+
+
+@triton.jit
+def _states(
+    values,
+    keys,
+    sums,
+    rest,
+    start,
+    states,
+    last,
+    length,
+    chunks,
+    n_heads,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_g,
+    per_group: tl.constexpr,
+    width: tl.constexpr,
+    d_state: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_START: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """The states before all chunks, of values u and keys b; in reverse the gradients of the states
+    behind all chunks, of values dy and keys c."""
+    lane = tl.program_id(0)
+    row, head = (lane // n_heads).to(tl.int64), lane % n_heads
+    p = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    n = tl.program_id(2) * STATE + tl.arange(0, STATE)
+    inside = (p < width)[:, None] & (n < d_state)[None, :]
+    place = p[:, None] * d_state + n[None, :]
+    own = lane.to(tl.int64) * (width * d_state) + place
+    s = tl.zeros([WIDTH, STATE], tl.float32)
+    if HAS_START:
+        s = tl.load(start + own, inside, 0.0)
+    sums += lane.to(tl.int64) * (chunks * CHUNK)
+    values += row * v_stride_b + head * v_stride_h + p[None, :]
+    keys += row * k_stride_b + head // per_group * k_stride_g + n[None, :]
+    states += (row * chunks * n_heads + head) * (width * d_state) + place
+    for index in range(chunks):
+        j = chunks - 1 - index if REVERSE else index
+        t = j * CHUNK + tl.arange(0, CHUNK)
+        target = states + j.to(tl.int64) * n_heads * (width * d_state)
+        tl.store(target, s.to(states.dtype.element_ty), inside)
+        here, far = (t < length)[:, None], t.to(tl.int64)[:, None]
+        x = tl.load(values + far * v_stride_t, here & (p < width)[None, :], 0.0)
+        k = tl.load(keys + far * k_stride_t, here & (n < d_state)[None, :], 0.0)
+        high, low = tl.load(sums + t), tl.load(sums + rest + t)
+        end = sums + j * CHUNK + CHUNK - 1
+        last_high, last_low = tl.load(end), tl.load(end + rest)
+        if REVERSE:
+            weight = tl.exp2(high + low)
+        else:
+            weight = tl.exp2((last_high - high) + (last_low - low))
+        x = tl.trans((x * weight[:, None]).to(k.dtype))
+        s = tl.dot(x, k, s * tl.exp2(last_high + last_low), input_precision="ieee")
+    tl.store(last + own, s, inside)
+
+
+@triton.jit
+def _outputs(
+    u,
+    b,
+    c,
+    sums,
+    rest,
+    before,
+    y,
+    length,
+    chunks,
+    n_heads,
+    u_stride_b,
+    u_stride_t,
+    u_stride_h,
+    b_stride_b,
+    b_stride_t,
+    b_stride_g,
+    c_stride_b,
+    c_stride_t,
+    c_stride_g,
+    per_group: tl.constexpr,
+    width: tl.constexpr,
+    d_state: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    row, j = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    first = tl.program_id(1) * HEADS
+    token, p, n = tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, STATE)
+    t = j * CHUNK + token
+    here, far = (t < length)[:, None], t.to(tl.int64)[:, None]
+    is_u, is_bc = here & (p < width)[None, :], here & (n < d_state)[None, :]
+    is_state = (p < width)[:, None] & (n < d_state)[None, :]
+    group = first // per_group
+    b += row * b_stride_b + far * b_stride_t + group * b_stride_g + n[None, :]
+    c += row * c_stride_b + far * c_stride_t + group * c_stride_g + n[None, :]
+    b_tile, c_tile = tl.load(b, is_bc, 0.0), tl.load(c, is_bc, 0.0)
+    scores = tl.dot(c_tile, tl.trans(b_tile), input_precision="ieee")
+    causal = token[:, None] >= token[None, :]
+    u += row * u_stride_b + far * u_stride_t + p[None, :]
+    y += (row * length + far) * (n_heads * width) + p[None, :]
+    before += (row * chunks + j) * n_heads * (width * d_state) + p[:, None] * d_state + n[None, :]
+    sums += row * n_heads * (chunks * CHUNK) + t
+    for head in range(first, first + HEADS):
+        x = tl.load(u + head * u_stride_h, is_u, 0.0)
+        state = tl.load(before + head * (width * d_state), is_state, 0.0)
+        high = tl.load(sums + head * (chunks * CHUNK))
+        low = tl.load(sums + rest + head * (chunks * CHUNK))
+        between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+        weights = scores * tl.exp2(tl.where(causal, between, float("-inf")))
+        out = tl.dot(c_tile, tl.trans(state), input_precision="ieee") * tl.exp2(high + low)[:, None]
+        out = tl.dot(weights.to(x.dtype), x, out, input_precision="ieee")
+        tl.store(y + head * width, out.to(y.dtype.element_ty), is_u)
+
+
+@triton.jit
+def _scores(
+    b,
+    c,
+    scores,
+    length,
+    chunks,
+    b_stride_b,
+    b_stride_t,
+    b_stride_g,
+    c_stride_b,
+    c_stride_t,
+    c_stride_g,
+    d_state: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """(B, J, G, C, C): b_s . c_t at [s, t]."""
+    row, j = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    token, n = tl.arange(0, CHUNK), tl.arange(0, STATE)
+    t = j * CHUNK + token
+    here, far = (t < length)[:, None] & (n < d_state)[None, :], t.to(tl.int64)[:, None]
+    b += row * b_stride_b + far * b_stride_t + group * b_stride_g + n[None, :]
+    c += row * c_stride_b + far * c_stride_t + group * c_stride_g + n[None, :]
+    product = tl.dot(tl.load(b, here, 0.0), tl.trans(tl.load(c, here, 0.0)), input_precision="ieee")
+    place = ((row * chunks + j) * groups + group) * (CHUNK * CHUNK)
+    tl.store(scores + place + token[:, None] * CHUNK + token[None, :], product)
+
+
+@triton.jit
+def _gradients(
+    u,
+    dy,
+    b,
+    c,
+    scores,
+    sums,
+    rest,
+    before,
+    behind,
+    du,
+    d_log_decay,
+    db,
+    dc,
+    length,
+    chunks,
+    n_heads,
+    u_stride_b,
+    u_stride_t,
+    u_stride_h,
+    dy_stride_b,
+    dy_stride_t,
+    dy_stride_h,
+    b_stride_b,
+    b_stride_t,
+    b_stride_g,
+    c_stride_b,
+    c_stride_t,
+    c_stride_g,
+    per_group: tl.constexpr,
+    width: tl.constexpr,
+    d_state: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Matrices between tokens are [s, t] here: only two sums over heads are ever transposed."""
+    row, j = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    first = part * HEADS
+    group, groups = first // per_group, n_heads // per_group
+    token, p, n = tl.arange(0, CHUNK), tl.arange(0, WIDTH), tl.arange(0, STATE)
+    t = j * CHUNK + token
+    here, far = (t < length)[:, None], t.to(tl.int64)[:, None]
+    is_u, is_bc = here & (p < width)[None, :], here & (n < d_state)[None, :]
+    is_state = (p < width)[:, None] & (n < d_state)[None, :]
+    b += row * b_stride_b + far * b_stride_t + group * b_stride_g + n[None, :]
+    c += row * c_stride_b + far * c_stride_t + group * c_stride_g + n[None, :]
+    b_tile, c_tile = tl.load(b, is_bc, 0.0), tl.load(c, is_bc, 0.0)
+    scores += ((row * chunks + j) * groups + group) * (CHUNK * CHUNK)
+    causal, later = token[:, None] <= token[None, :], token[:, None] < token[None, :]
+    u += row * u_stride_b + far * u_stride_t + p[None, :]
+    dy += row * dy_stride_b + far * dy_stride_t + p[None, :]
+    du += (row * length + far) * (n_heads * width) + p[None, :]
+    d_log_decay += (row * length + t) * n_heads
+    state_at = (row * chunks + j) * n_heads * (width * d_state)
+    state_at += p[:, None] * d_state + n[None, :]
+    sums += row * n_heads * (chunks * CHUNK) + j * CHUNK
+    products = tl.zeros([CHUNK, CHUNK], tl.float32)  # of dy_t and u_s, decayed, of all heads
+    db_tile, dc_tile = tl.zeros([STATE, CHUNK], tl.float32), tl.zeros([STATE, CHUNK], tl.float32)
+    for head in range(first, first + HEADS):
+        x = tl.load(u + head * u_stride_h, is_u, 0.0)
+        d = tl.load(dy + head * dy_stride_h, is_u, 0.0)
+        before_tile = tl.load(before + state_at + head * (width * d_state), is_state, 0.0)
+        behind_tile = tl.load(behind + state_at + head * (width * d_state), is_state, 0.0)
+        own = sums + head * (chunks * CHUNK)
+        scores_tile = tl.load(scores + token[:, None] * CHUNK + token[None, :])
+        high, low = tl.load(own + token), tl.load(own + rest + token)
+        last_high, last_low = tl.load(own + CHUNK - 1), tl.load(own + rest + CHUNK - 1)
+        between = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
+        decay = tl.exp2(tl.where(causal, between, float("-inf")))
+        since_start = tl.exp2(high + low)
+        to_end = tl.exp2((last_high - high) + (last_low - low))
+
+        product = tl.dot(x, tl.trans(d), input_precision="ieee") * decay
+        products += product
+        weights = tl.trans((scores_tile * decay).to(x.dtype))
+        # Exactly without the diagonal: a token's own output does not decay.
+        moved = tl.where(later, scores_tile * product, 0.0)
+        d_sum = tl.sum(moved, 0) - tl.sum(moved, 1)
+
+        d_x = tl.dot(b_tile, tl.trans(behind_tile), input_precision="ieee") * to_end[:, None]
+        carried_out = tl.sum(d_x * x, 1)
+        d_x += tl.trans(tl.dot(tl.trans(d), weights, input_precision="ieee"))
+        tl.store(du + head * width, d_x.to(du.dtype.element_ty), is_u)
+
+        x_end = (x * to_end[:, None]).to(x.dtype)
+        db_tile = tl.dot(tl.trans(behind_tile), tl.trans(x_end), db_tile, input_precision="ieee")
+        d_start = (d * since_start[:, None]).to(x.dtype)
+        dc_tile = tl.dot(tl.trans(before_tile), tl.trans(d_start), dc_tile, input_precision="ieee")
+        # Not from what dc gets, which is N wide: registers are short.
+        read = tl.dot(c_tile, tl.trans(before_tile), input_precision="ieee")
+        carried_in = tl.sum(read * d, 1) * since_start
+
+        # l_t is part of all sums from t on: of the reads of H, of what later tokens read of earlier
+        # ones; not of what tokens from t on leave in the state.
+        both = tl.dot(before_tile, tl.trans(behind_tile), input_precision="ieee")
+        through = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1), 0)
+        through = through * tl.exp2(last_high + last_low) + tl.sum(carried_out, 0)
+        d_l = tl.cumsum(d_sum + carried_in - carried_out, 0, reverse=True) + through
+        tl.store(d_log_decay + head, d_l, t < length)
+
+    product = products.to(b_tile.dtype)
+    db_tile = tl.trans(tl.dot(tl.trans(c_tile), tl.trans(product), db_tile, input_precision="ieee"))
+    dc_tile = tl.trans(tl.dot(tl.trans(b_tile), product, dc_tile, input_precision="ieee"))
+    # Parts of a group's heads lie apart, to be added up.
+    share = part % (parts // groups)
+    rows = (tl.num_programs(0) // chunks).to(tl.int64)
+    place = (
+        ((share * rows + row) * length + far) * (groups * d_state) + group * d_state + n[None, :]
+    )
+    tl.store(db + place, db_tile.to(db.dtype.element_ty), is_bc)
+    tl.store(dc + place, dc_tile.to(dc.dtype.element_ty), is_bc)
+
+
+def ssd_forward(
+    u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`ssd` in one piece; a token with a log decay of -inf begins anew.
+
+    Args:
+        u: (B, T, H, P), fp32 or narrower.
+        log_decay: (B, T, H), fp32.
+        b: (B, T, G, N) in the dtype of `u`.
+        c: like `b`.
+        state: (B, H, P, N), fp32.
+
+    Returns:
+        y like `u`, contiguous, and the state after the last token, (B, H, P, N) in fp32.
+    """
+    u, b, c = (_rows(x) for x in (u, b, c))
+    tiling = _tiling(OUTPUTS, u, b)
+    length, n_heads = u.shape[1:3]
+    y = u.new_empty(u.shape)
+    with torch.cuda.device_of(u):
+        sums = _summed(log_decay, tiling.chunk)
+        before, last = _chunk_states(u, b, sums, state, tiling.chunk)
+        chunks = sums.shape[3] // tiling.chunk
+        _outputs[(u.shape[0] * chunks, n_heads // tiling.heads)](
+            u,
+            b,
+            c,
+            sums,
+            sums.stride(0),
+            before,
+            y,
+            length,
+            chunks,
+            n_heads,
+            *u.stride()[:3],
+            *b.stride()[:3],
+            *c.stride()[:3],
+            HEADS=tiling.heads,
+            CHUNK=tiling.chunk,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            **_sizes(u, b),
+        )
+    return y, last
+
+
+def ssd_backward(
+    dy: Tensor,
+    d_last: Tensor,
+    u: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of u, log_decay, b, c and the state, contiguous, from those of y and the last
+    state; for the rest see `ssd_forward`."""
+    u, dy, b, c = (_rows(x) for x in (u, dy, b, c))
+    tiling = _tiling(GRADIENTS, u, b)
+    length, n_heads = u.shape[1:3]
+    # A group's heads may be several programs', whose sums are added in an order that is fixed.
+    parts = n_heads // tiling.heads
+    shares = parts // b.shape[2]
+    du, d_log_decay = u.new_empty(u.shape), log_decay.new_empty(log_decay.shape)
+    db = b.new_empty(shares, *b.shape, dtype=b.dtype if shares == 1 else torch.float32)
+    dc = torch.empty_like(db)
+    with torch.cuda.device_of(u):
+        sums = _summed(log_decay, tiling.chunk)
+        before, _ = _chunk_states(u, b, sums, state, tiling.chunk)
+        behind, d_state = _chunk_states(dy, c, sums, d_last, tiling.chunk, reverse=True)
+        chunks = sums.shape[3] // tiling.chunk
+        scores = sums.new_empty(u.shape[0], chunks, b.shape[2], tiling.chunk, tiling.chunk)
+        _scores[(u.shape[0] * chunks, b.shape[2])](
+            b,
+            c,
+            scores,
+            length,
+            chunks,
+            *b.stride()[:3],
+            *c.stride()[:3],
+            d_state=b.shape[3],
+            CHUNK=tiling.chunk,
+            STATE=_sizes(u, b)["STATE"],
+        )
+        _gradients[(u.shape[0] * chunks, parts)](
+            u,
+            dy,
+            b,
+            c,
+            scores,
+            sums,
+            sums.stride(0),
+            before,
+            behind,
+            du,
+            d_log_decay,
+            db,
+            dc,
+            length,
+            chunks,
+            n_heads,
+            *u.stride()[:3],
+            *dy.stride()[:3],
+            *b.stride()[:3],
+            *c.stride()[:3],
+            HEADS=tiling.heads,
+            CHUNK=tiling.chunk,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            **_sizes(u, b),
+        )
+    db, dc = (x[0] if shares == 1 else x.sum(0).to(b.dtype) for x in (db, dc))
+    return du, d_log_decay, db, dc, d_state
+
+
+def _summed(log_decay: Tensor, chunk: int) -> Tensor:
+    """(2, B, H, J * C); see `_sums`."""
+    batch, length, n_heads = log_decay.shape
+    chunks, heads = triton.cdiv(length, chunk), 16
+    sums = log_decay.new_empty(2, batch, n_heads, chunks * chunk)
+    _sums[(batch * chunks, triton.cdiv(n_heads, heads))](
+        log_decay,
+        sums,
+        length,
+        n_heads,
+        chunks,
+        *log_decay.stride(),
+        HEADS=heads,
+        CHUNK=chunk,
+        num_warps=4,
+    )
+    return sums
+
+
+def _chunk_states(
+    values: Tensor,
+    keys: Tensor,
+    sums: Tensor,
+    start: Tensor | None,
+    chunk: int,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(B, J, H, P, N) like `values`, and what the last chunk hands on, (B, H, P, N) in fp32."""
+    batch, length, n_heads, width = values.shape
+    d_state, chunks = keys.shape[3], sums.shape[3] // chunk
+    states = values.new_empty(batch, chunks, n_heads, width, d_state)
+    last = sums.new_empty(batch, n_heads, width, d_state)
+    sizes = _sizes(values, keys)
+    tile_p, tile_n = min(sizes.pop("WIDTH"), WIDTH_TILE), min(sizes.pop("STATE"), STATE_TILE)
+    lanes = batch * n_heads * triton.cdiv(width, tile_p)
+    while tile_n > 16 and lanes * triton.cdiv(d_state, tile_n) < ENOUGH_PROGRAMS:
+        tile_n //= 2
+    _states[(batch * n_heads, triton.cdiv(width, tile_p), triton.cdiv(d_state, tile_n))](
+        values,
+        keys,
+        sums,
+        sums.stride(0),
+        start if start is None else start.contiguous(),
+        states,
+        last,
+        length,
+        chunks,
+        n_heads,
+        *values.stride()[:3],
+        *keys.stride()[:3],
+        REVERSE=reverse,
+        HAS_START=start is not None,
+        CHUNK=chunk,
+        WIDTH=tile_p,
+        STATE=tile_n,
+        num_warps=STATE_WARPS,
+        num_stages=STATE_STAGES,
+        **sizes,
+    )
+    return states, last
+
+
+def _tiling(tiling: Tiling, u: Tensor, b: Tensor) -> Tiling:
+    """For states of 64 x 128 in 16 bits; larger and wider ones have smaller chunks for the same
+    registers, and short calls have too. Heads divide a group."""
+    sizes = _sizes(u, b)
+    excess = max(1, sizes["WIDTH"] // 64) * max(1, sizes["STATE"] // 128) * (u.element_size() // 2)
+    heads = min(tiling.heads, sizes["per_group"])
+    while sizes["per_group"] % heads:
+        heads -= 1
+    chunk = min(tiling.chunk // excess, triton.next_power_of_2(u.shape[1]))
+    return tiling._replace(chunk=max(16, chunk), heads=heads)
+
+
+def _sizes(u: Tensor, b: Tensor) -> dict[str, int]:
+    """What kernels are compiled for; tiles as products on tensor cores need them."""
+    (n_heads, width), (groups, d_state) = u.shape[2:], b.shape[2:]
+    return {
+        "per_group": n_heads // groups,
+        "width": width,
+        "d_state": d_state,
+        "WIDTH": max(16, triton.next_power_of_2(width)),
+        "STATE": max(16, triton.next_power_of_2(d_state)),
+    }
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy of it, with neighbouring elements in its last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
