@@ -8,9 +8,9 @@ N state size, C chunk size.
 `ssd` is the chunked form: inside a chunk this *is* attention without a softmax, with scores
 c_t . b_s times the decay exp(l_{s+1} + ... + l_t), so almost all of the work is matmuls. Forms:
 
-- on a GPU, an operator that keeps its inputs alone for the backward (pretrain/ops/ssd_kernels.py);
-- on a CPU and in fp64, torch's products. Sums of log decays are formed as masked cumulative sums:
-  as differences of one cumulative sum they lose the digits that decide between recent tokens.
+- on a GPU in 16 bits, an operator that keeps nothing but its inputs for the backward;
+- else torch's products. There sums of log decays are formed as masked cumulative sums: as
+  differences of one cumulative sum they lose the digits that decide between recent tokens.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ def ssd(
         state: (B, H, P, N) in at least fp32, the state after the previous token; None: zero.
         resets: (B, n) bool, True where the state is zeroed before the token at that edge.
         edges: the n token offsets of `resets`; their spacing is a multiple of `chunk_size`.
-        chunk_size: tokens per chunk; changes the speed, not the result. A GPU's kernels have theirs.
+        chunk_size: tokens per chunk; changes the speed, not the result. The operator has its own.
 
     Returns:
         y like `u`, and the state after the last token, (B, H, P, N).
@@ -51,7 +51,7 @@ def ssd(
     Raises:
         ValueError: `chunk_size` does not divide the spacing of the edges.
     """
-    if u.is_cuda and u.dtype != torch.float64:
+    if u.is_cuda and u.element_size() < 4:
         return fused_ssd(u, log_decay, b, c, state, resets=resets, edges=edges)
     outputs = []
     with no_autocast(u):
@@ -175,7 +175,7 @@ def fused_ssd(
     edges: range = range(0),
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The GPU's form, not for fp64; documents may begin anywhere. Signature of `ssd`."""
+    """The operator; documents may begin anywhere. Signature of `ssd`."""
     del chunk_size
     log_decay = log_decay.float()
     if resets is not None:

@@ -13,14 +13,14 @@ the right (exp(A_t) dy_t c_t^T in place of what tokens write), `_gradients` has
     dc_t = sum_heads exp(A_t) H^T dy_t + sum_{s <= t} (dy_t . u_s) exp(A_t - A_s) b_s
     dl_t = every term that exp(l_t) is a factor of.
 
-Shapes: B batch, T time, H heads, P head width, G groups, N state size, J chunks of C tokens. Scores
-and decays live in registers. Heads of a group share b and c, so that one program runs over several:
-scores c_t . b_s are formed once, and db and dc summed without atomics, in an order that is fixed.
+Shapes: B batch, T time, H heads, P head width, G groups, N state size, J chunks of C tokens. Heads
+of a group share b and c, so that one program runs over several of them: db and dc are summed in
+registers, without atomics and in an order that is fixed.
 
-Differences of fp32 sums lose the digits that decide between recent tokens (1e-4 of a weight after
-1,000). So each log decay is cut into a multiple of 1/128, whose sums are exact, and a rest, whose
-sums stay below 2: `_sums`. A decay of 2^-160 is 0 in fp32 and anything below may count as that, so
-that sums have a bound, and a reset is a log decay of minus infinity.
+Written for operands of 16 bits, for which differences of sums A within one chunk are near enough. A
+weight loses digits as A grows: 4e-5 where tokens decay by up to exp(-10), 7e-4 at the worst, since
+log decays below that of 2^-160, which fp32 rounds to 0, count as that one. This also makes a reset
+a log decay of minus infinity: documents may begin anywhere.
 """
 
 from typing import NamedTuple
@@ -31,12 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-ZERO = tl.constexpr(-160.0)  # 2^-160 is 0 in fp32, subnormals included
-GRID = tl.constexpr(128.0)  # 256 tokens x 160 x 128 < 2^24: sums on this grid are exact
+ZERO = tl.constexpr(-160.0)  # 2^-160 is 0 in fp32, among subnormals too
 
 
 class Tiling(NamedTuple):
-    """chunk: tokens, at most 256. heads: most per program. warps, stages: Triton's."""
+    """chunk: tokens. heads: most per program. warps, stages: Triton's."""
 
     chunk: int
     heads: int
@@ -47,7 +46,7 @@ class Tiling(NamedTuple):
 OUTPUTS = Tiling(chunk=128, heads=8, warps=8, stages=2)
 GRADIENTS = Tiling(chunk=64, heads=32, warps=8, stages=2)
 STATE_WARPS, STATE_STAGES = 4, 3
-WIDTH_TILE, STATE_TILE = 64, 64  # most elements of a state per program, P x N
+STATE_TILE = 64  # most rows and columns of a state in one program
 ENOUGH_PROGRAMS = 256  # of `_states`: some two per multiprocessor
 
 
@@ -64,8 +63,8 @@ def _sums(
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """(B, T, H) -> (2, B, H, J * C): log2 decays summed from the start of a chunk, on a grid and
-    the rest; nothing decays behind the last token."""
+    """(B, T, H) -> (B, H, J * C), log2 decays summed from the start of a chunk; nothing decays
+    behind the last token."""
     row, j = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     t = j * CHUNK + tl.arange(0, CHUNK)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -73,12 +72,8 @@ def _sums(
     at = row.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t + h[None, :] * stride_h
     power = tl.load(log_decay + at, here, 0.0) * LOG2_E
     power = tl.where(power < ZERO, ZERO, power)  # a maximum would drop NaN
-    coarse = tl.floor(power * GRID) / GRID
-    padded = chunks * CHUNK
-    place = (row * n_heads + h).to(tl.int64)[None, :] * padded + t[:, None]
-    rest = (tl.num_programs(0) // chunks).to(tl.int64) * n_heads * padded
-    tl.store(sums + place, tl.cumsum(coarse, 0), (h < n_heads)[None, :])
-    tl.store(sums + rest + place, tl.cumsum(power - coarse, 0), (h < n_heads)[None, :])
+    place = (row * n_heads + h).to(tl.int64)[None, :] * (chunks * CHUNK) + t[:, None]
+    tl.store(sums + place, tl.cumsum(power, 0), (h < n_heads)[None, :])
 
 
 @triton.jit
@@ -86,7 +81,6 @@ def _states(
     values,
     keys,
     sums,
-    rest,
     start,
     states,
     last,
@@ -123,24 +117,18 @@ def _states(
     sums += lane.to(tl.int64) * (chunks * CHUNK)
     values += row * v_stride_b + head * v_stride_h + p[None, :]
     keys += row * k_stride_b + head // per_group * k_stride_g + n[None, :]
-    states += (row * chunks * n_heads + head) * (width * d_state) + place
     for index in range(chunks):
         j = chunks - 1 - index if REVERSE else index
         t = j * CHUNK + tl.arange(0, CHUNK)
-        target = states + j.to(tl.int64) * n_heads * (width * d_state)
-        tl.store(target, s.to(states.dtype.element_ty), inside)
+        target = ((row * chunks + j) * n_heads + head) * (width * d_state) + place
+        tl.store(states + target, s.to(states.dtype.element_ty), inside)
         here, far = (t < length)[:, None], t.to(tl.int64)[:, None]
         x = tl.load(values + far * v_stride_t, here & (p < width)[None, :], 0.0)
         k = tl.load(keys + far * k_stride_t, here & (n < d_state)[None, :], 0.0)
-        high, low = tl.load(sums + t), tl.load(sums + rest + t)
-        end = sums + j * CHUNK + CHUNK - 1
-        last_high, last_low = tl.load(end), tl.load(end + rest)
-        if REVERSE:
-            weight = tl.exp2(high + low)
-        else:
-            weight = tl.exp2((last_high - high) + (last_low - low))
+        passed, all_passed = tl.load(sums + t), tl.load(sums + j * CHUNK + CHUNK - 1)
+        weight = tl.exp2(passed if REVERSE else all_passed - passed)
         x = tl.trans((x * weight[:, None]).to(k.dtype))
-        s = tl.dot(x, k, s * tl.exp2(last_high + last_low), input_precision="ieee")
+        s = tl.dot(x, k, s * tl.exp2(all_passed))
     tl.store(last + own, s, inside)
 
 
@@ -150,7 +138,6 @@ def _outputs(
     b,
     c,
     sums,
-    rest,
     before,
     y,
     length,
@@ -184,7 +171,7 @@ def _outputs(
     b += row * b_stride_b + far * b_stride_t + group * b_stride_g + n[None, :]
     c += row * c_stride_b + far * c_stride_t + group * c_stride_g + n[None, :]
     b_tile, c_tile = tl.load(b, is_bc, 0.0), tl.load(c, is_bc, 0.0)
-    scores = tl.dot(c_tile, tl.trans(b_tile), input_precision="ieee")
+    scores = tl.dot(c_tile, tl.trans(b_tile))
     causal = token[:, None] >= token[None, :]
     u += row * u_stride_b + far * u_stride_t + p[None, :]
     y += (row * length + far) * (n_heads * width) + p[None, :]
@@ -193,12 +180,11 @@ def _outputs(
     for head in range(first, first + HEADS):
         x = tl.load(u + head * u_stride_h, is_u, 0.0)
         state = tl.load(before + head * (width * d_state), is_state, 0.0)
-        high = tl.load(sums + head * (chunks * CHUNK))
-        low = tl.load(sums + rest + head * (chunks * CHUNK))
-        between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        weights = scores * tl.exp2(tl.where(causal, between, float("-inf")))
-        out = tl.dot(c_tile, tl.trans(state), input_precision="ieee") * tl.exp2(high + low)[:, None]
-        out = tl.dot(weights.to(x.dtype), x, out, input_precision="ieee")
+        passed = tl.load(sums + head * (chunks * CHUNK))
+        between = tl.where(causal, passed[:, None] - passed[None, :], float("-inf"))
+        weights = scores * tl.exp2(between)
+        out = tl.dot(c_tile, tl.trans(state)) * tl.exp2(passed)[:, None]
+        out = tl.dot(weights.to(x.dtype), x, out)
         tl.store(y + head * width, out.to(y.dtype.element_ty), is_u)
 
 
@@ -227,7 +213,7 @@ def _scores(
     here, far = (t < length)[:, None] & (n < d_state)[None, :], t.to(tl.int64)[:, None]
     b += row * b_stride_b + far * b_stride_t + group * b_stride_g + n[None, :]
     c += row * c_stride_b + far * c_stride_t + group * c_stride_g + n[None, :]
-    product = tl.dot(tl.load(b, here, 0.0), tl.trans(tl.load(c, here, 0.0)), input_precision="ieee")
+    product = tl.dot(tl.load(b, here, 0.0), tl.trans(tl.load(c, here, 0.0)))
     place = ((row * chunks + j) * groups + group) * (CHUNK * CHUNK)
     tl.store(scores + place + token[:, None] * CHUNK + token[None, :], product)
 
@@ -240,7 +226,6 @@ def _gradients(
     c,
     scores,
     sums,
-    rest,
     before,
     behind,
     du,
@@ -270,7 +255,9 @@ def _gradients(
     WIDTH: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """Matrices between tokens are [s, t] here: only two sums over heads are ever transposed."""
+    """Matrices between tokens are [s, t] here. What is transposed and when decides how many of
+    these tiles the registers hold: the sums of db and dc are (N, C), scores come from memory.
+    """
     row, j = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     part, parts = tl.program_id(1), tl.num_programs(1)
     first = part * HEADS
@@ -301,50 +288,45 @@ def _gradients(
         behind_tile = tl.load(behind + state_at + head * (width * d_state), is_state, 0.0)
         own = sums + head * (chunks * CHUNK)
         scores_tile = tl.load(scores + token[:, None] * CHUNK + token[None, :])
-        high, low = tl.load(own + token), tl.load(own + rest + token)
-        last_high, last_low = tl.load(own + CHUNK - 1), tl.load(own + rest + CHUNK - 1)
-        between = (high[None, :] - high[:, None]) + (low[None, :] - low[:, None])
-        decay = tl.exp2(tl.where(causal, between, float("-inf")))
-        since_start = tl.exp2(high + low)
-        to_end = tl.exp2((last_high - high) + (last_low - low))
+        passed, all_passed = tl.load(own + token), tl.load(own + CHUNK - 1)
+        between = tl.where(causal, passed[None, :] - passed[:, None], float("-inf"))
+        decay, since_start = tl.exp2(between), tl.exp2(passed)
+        to_end = tl.exp2(all_passed - passed)
 
-        product = tl.dot(x, tl.trans(d), input_precision="ieee") * decay
+        product = tl.dot(x, tl.trans(d)) * decay
         products += product
         weights = tl.trans((scores_tile * decay).to(x.dtype))
         # Exactly without the diagonal: a token's own output does not decay.
         moved = tl.where(later, scores_tile * product, 0.0)
         d_sum = tl.sum(moved, 0) - tl.sum(moved, 1)
 
-        d_x = tl.dot(b_tile, tl.trans(behind_tile), input_precision="ieee") * to_end[:, None]
+        d_x = tl.dot(b_tile, tl.trans(behind_tile)) * to_end[:, None]
         carried_out = tl.sum(d_x * x, 1)
-        d_x += tl.trans(tl.dot(tl.trans(d), weights, input_precision="ieee"))
+        d_x += tl.trans(tl.dot(tl.trans(d), weights))
         tl.store(du + head * width, d_x.to(du.dtype.element_ty), is_u)
 
         x_end = (x * to_end[:, None]).to(x.dtype)
-        db_tile = tl.dot(tl.trans(behind_tile), tl.trans(x_end), db_tile, input_precision="ieee")
+        db_tile = tl.dot(tl.trans(behind_tile), tl.trans(x_end), db_tile)
         d_start = (d * since_start[:, None]).to(x.dtype)
-        dc_tile = tl.dot(tl.trans(before_tile), tl.trans(d_start), dc_tile, input_precision="ieee")
-        # Not from what dc gets, which is N wide: registers are short.
-        read = tl.dot(c_tile, tl.trans(before_tile), input_precision="ieee")
+        dc_tile = tl.dot(tl.trans(before_tile), tl.trans(d_start), dc_tile)
+        # Not from what dc gets, which is N wide and another tile of registers.
+        read = tl.dot(c_tile, tl.trans(before_tile))
         carried_in = tl.sum(read * d, 1) * since_start
 
-        # l_t is part of all sums from t on: of the reads of H, of what later tokens read of earlier
-        # ones; not of what tokens from t on leave in the state.
-        both = tl.dot(before_tile, tl.trans(behind_tile), input_precision="ieee")
+        # l_t decays what tokens from t on read of H and of earlier tokens, and what of both is kept
+        # in the state behind.
+        both = tl.dot(before_tile, tl.trans(behind_tile))  # its trace is <H, E>
         through = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1), 0)
-        through = through * tl.exp2(last_high + last_low) + tl.sum(carried_out, 0)
+        through = through * tl.exp2(all_passed) + tl.sum(carried_out, 0)
         d_l = tl.cumsum(d_sum + carried_in - carried_out, 0, reverse=True) + through
         tl.store(d_log_decay + head, d_l, t < length)
 
     product = products.to(b_tile.dtype)
-    db_tile = tl.trans(tl.dot(tl.trans(c_tile), tl.trans(product), db_tile, input_precision="ieee"))
-    dc_tile = tl.trans(tl.dot(tl.trans(b_tile), product, dc_tile, input_precision="ieee"))
-    # Parts of a group's heads lie apart, to be added up.
-    share = part % (parts // groups)
-    rows = (tl.num_programs(0) // chunks).to(tl.int64)
-    place = (
-        ((share * rows + row) * length + far) * (groups * d_state) + group * d_state + n[None, :]
-    )
+    db_tile = tl.trans(tl.dot(tl.trans(c_tile), tl.trans(product), db_tile))
+    dc_tile = tl.trans(tl.dot(tl.trans(b_tile), product, dc_tile))
+    share, rows = part % (parts // groups), tl.num_programs(0) // chunks
+    place = ((share * rows + row) * length + far) * groups + group
+    place = place * d_state + n[None, :]
     tl.store(db + place, db_tile.to(db.dtype.element_ty), is_bc)
     tl.store(dc + place, dc_tile.to(dc.dtype.element_ty), is_bc)
 
@@ -355,7 +337,7 @@ def ssd_forward(
     """`ssd` in one piece; a token with a log decay of -inf begins anew.
 
     Args:
-        u: (B, T, H, P), fp32 or narrower.
+        u: (B, T, H, P).
         log_decay: (B, T, H), fp32.
         b: (B, T, G, N) in the dtype of `u`.
         c: like `b`.
@@ -371,13 +353,12 @@ def ssd_forward(
     with torch.cuda.device_of(u):
         sums = _summed(log_decay, tiling.chunk)
         before, last = _chunk_states(u, b, sums, state, tiling.chunk)
-        chunks = sums.shape[3] // tiling.chunk
+        chunks = sums.shape[2] // tiling.chunk
         _outputs[(u.shape[0] * chunks, n_heads // tiling.heads)](
             u,
             b,
             c,
             sums,
-            sums.stride(0),
             before,
             y,
             length,
@@ -409,9 +390,8 @@ def ssd_backward(
     u, dy, b, c = (_rows(x) for x in (u, dy, b, c))
     tiling = _tiling(GRADIENTS, u, b)
     length, n_heads = u.shape[1:3]
-    # A group's heads may be several programs', whose sums are added in an order that is fixed.
     parts = n_heads // tiling.heads
-    shares = parts // b.shape[2]
+    shares = parts // b.shape[2]  # programs that a group's heads are dealt to
     du, d_log_decay = u.new_empty(u.shape), log_decay.new_empty(log_decay.shape)
     db = b.new_empty(shares, *b.shape, dtype=b.dtype if shares == 1 else torch.float32)
     dc = torch.empty_like(db)
@@ -419,7 +399,7 @@ def ssd_backward(
         sums = _summed(log_decay, tiling.chunk)
         before, _ = _chunk_states(u, b, sums, state, tiling.chunk)
         behind, d_state = _chunk_states(dy, c, sums, d_last, tiling.chunk, reverse=True)
-        chunks = sums.shape[3] // tiling.chunk
+        chunks = sums.shape[2] // tiling.chunk
         scores = sums.new_empty(u.shape[0], chunks, b.shape[2], tiling.chunk, tiling.chunk)
         _scores[(u.shape[0] * chunks, b.shape[2])](
             b,
@@ -440,7 +420,6 @@ def ssd_backward(
             c,
             scores,
             sums,
-            sums.stride(0),
             before,
             behind,
             du,
@@ -465,10 +444,10 @@ def ssd_backward(
 
 
 def _summed(log_decay: Tensor, chunk: int) -> Tensor:
-    """(2, B, H, J * C); see `_sums`."""
+    """(B, H, J * C); see `_sums`."""
     batch, length, n_heads = log_decay.shape
     chunks, heads = triton.cdiv(length, chunk), 16
-    sums = log_decay.new_empty(2, batch, n_heads, chunks * chunk)
+    sums = log_decay.new_empty(batch, n_heads, chunks * chunk)
     _sums[(batch * chunks, triton.cdiv(n_heads, heads))](
         log_decay,
         sums,
@@ -494,11 +473,11 @@ def _chunk_states(
 ) -> tuple[Tensor, Tensor]:
     """(B, J, H, P, N) like `values`, and what the last chunk hands on, (B, H, P, N) in fp32."""
     batch, length, n_heads, width = values.shape
-    d_state, chunks = keys.shape[3], sums.shape[3] // chunk
+    d_state, chunks = keys.shape[3], sums.shape[2] // chunk
     states = values.new_empty(batch, chunks, n_heads, width, d_state)
     last = sums.new_empty(batch, n_heads, width, d_state)
     sizes = _sizes(values, keys)
-    tile_p, tile_n = min(sizes.pop("WIDTH"), WIDTH_TILE), min(sizes.pop("STATE"), STATE_TILE)
+    tile_p, tile_n = min(sizes.pop("WIDTH"), STATE_TILE), min(sizes.pop("STATE"), STATE_TILE)
     lanes = batch * n_heads * triton.cdiv(width, tile_p)
     while tile_n > 16 and lanes * triton.cdiv(d_state, tile_n) < ENOUGH_PROGRAMS:
         tile_n //= 2
@@ -506,7 +485,6 @@ def _chunk_states(
         values,
         keys,
         sums,
-        sums.stride(0),
         start if start is None else start.contiguous(),
         states,
         last,
@@ -528,10 +506,10 @@ def _chunk_states(
 
 
 def _tiling(tiling: Tiling, u: Tensor, b: Tensor) -> Tiling:
-    """For states of 64 x 128 in 16 bits; larger and wider ones have smaller chunks for the same
-    registers, and short calls have too. Heads divide a group."""
+    """Chosen for states of 64 x 128: for larger ones chunks are smaller, to fit the registers; for
+    short calls, too. Heads divide a group."""
     sizes = _sizes(u, b)
-    excess = max(1, sizes["WIDTH"] // 64) * max(1, sizes["STATE"] // 128) * (u.element_size() // 2)
+    excess = max(1, sizes["WIDTH"] // 64) * max(1, sizes["STATE"] // 128)
     heads = min(tiling.heads, sizes["per_group"])
     while sizes["per_group"] % heads:
         heads -= 1
