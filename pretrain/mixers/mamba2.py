@@ -136,18 +136,18 @@ class Mamba2(TokenMixer):
         with no_autocast(x):
             wide = wide_dtype(x)
             dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-            written = (dt.unsqueeze(-1) * u).to(u.dtype)
             y, ssm = ssd(
-                written,
+                u,
+                dt,
                 -dt * self.A_log.to(wide).exp(),
                 b,
                 c,
+                self.D,
                 None if state is None else state.ssm,
                 resets=clock.resets,
                 edges=clock.edges,
                 chunk_size=self.block_size,
             )
-            y = y + self.D.to(wide).unsqueeze(-1) * u
         y = self.out_proj(self.norm(y.flatten(2), z))
         return MixerOutput(y, Mamba2State(*clock.after(x), conv, ssm), aux={})
 

@@ -1,6 +1,6 @@
 """State-space duality: a matrix-valued state with one decay per head (Dao & Gu 2024, 2405.21060).
 
-    S_t = exp(l_t) S_{t-1} + u_t b_t^T ;  y_t = S_t c_t
+    S_t = exp(l_t) S_{t-1} + step_t u_t b_t^T ;  y_t = S_t c_t + skip u_t
 
 Shapes: B batch, T time, H heads, P head width, G groups (of H / G heads with the same b and c),
 N state size, C chunk size.
@@ -24,9 +24,11 @@ from pretrain.ops.numerics import no_autocast, wide_dtype
 
 def ssd(
     u: Tensor,
+    step: Tensor,
     log_decay: Tensor,
     b: Tensor,
     c: Tensor,
+    skip: Tensor,
     state: Tensor | None = None,
     *,
     resets: Tensor | None = None,
@@ -36,10 +38,12 @@ def ssd(
     """The chunked matmul form, linear in T; the default.
 
     Args:
-        u: (B, T, H, P), what is written; Mamba-2 writes dt x.
+        u: (B, T, H, P).
+        step: (B, T, H), what is written of it, in at least fp32.
         log_decay: (B, T, H), at most 0, in at least fp32.
         b: (B, T, G, N), where it is written.
         c: (B, T, G, N), what is read.
+        skip: (H,), what passes the state by.
         state: (B, H, P, N) in at least fp32, the state after the previous token; None: zero.
         resets: (B, n) bool, True where the state is zeroed before the token at that edge.
         edges: the n token offsets of `resets`; their spacing is a multiple of `chunk_size`.
@@ -52,23 +56,27 @@ def ssd(
         ValueError: `chunk_size` does not divide the spacing of the edges.
     """
     if u.is_cuda and u.element_size() < 4:
-        return fused_ssd(u, log_decay, b, c, state, resets=resets, edges=edges)
+        return fused_ssd(u, step, log_decay, b, c, skip, state, resets=resets, edges=edges)
     outputs = []
     with no_autocast(u):
-        log_decay = log_decay.to(wide_dtype(u))
+        log_decay, skip = log_decay.to(wide_dtype(u)), skip.to(wide_dtype(u))
+        written = (step.unsqueeze(-1) * u).to(u.dtype)
         for start, stop, size in chunk_runs(u.shape[1], chunk_size, resets, edges):
             keep = kept_states(resets, edges, start, stop, size)
-            run = [x[:, start:stop].unflatten(1, (-1, size)) for x in (u, log_decay, b, c)]
+            run = [x[:, start:stop].unflatten(1, (-1, size)) for x in (written, log_decay, b, c)]
             y, state = _chunks(run[0], run[1], run[2], run[3], state, keep)
             outputs.append(y)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        y = (y + skip.unsqueeze(-1) * u).to(u.dtype)
     assert state is not None
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
+    return y, state
 
 
 def _chunks(
     u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """J whole chunks: u (B, J, C, H, P), log_decay (B, J, C, H), b and c (B, J, C, G, N)."""
+    """J whole chunks: u (B, J, C, H, P), log_decay (B, J, C, H), b and c (B, J, C, G, N); y in the
+    dtype of `log_decay`."""
     batch, _, _, n_heads, width = u.shape
     groups, d_state = b.shape[-2:]
     wide = log_decay.dtype
@@ -92,7 +100,7 @@ def _chunks(
     read = (c @ memory.transpose(-1, -2)).unflatten(-1, (per_group[1], width))
     read = read.permute(0, 1, 2, 4, 3, 5).flatten(2, 3)  # (B, J, H, C, P)
     y = y + read * since_start.unsqueeze(-1)
-    return y.transpose(2, 3).flatten(1, 2).to(u.dtype), state
+    return y.transpose(2, 3).flatten(1, 2), state
 
 
 def _decay_between(log_decay: Tensor) -> Tensor:
@@ -166,9 +174,11 @@ ssd_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)
 
 def fused_ssd(
     u: Tensor,
+    step: Tensor,
     log_decay: Tensor,
     b: Tensor,
     c: Tensor,
+    skip: Tensor,
     state: Tensor | None = None,
     *,
     resets: Tensor | None = None,
@@ -177,23 +187,29 @@ def fused_ssd(
 ) -> tuple[Tensor, Tensor]:
     """The operator; documents may begin anywhere. Signature of `ssd`."""
     del chunk_size
-    log_decay = log_decay.float()
+    step, log_decay, skip = (x.float() for x in (step, log_decay, skip))
     if resets is not None:
         starts = torch.zeros(log_decay.shape[:2], dtype=torch.bool, device=u.device)
         starts[:, edges.start :: edges.step] = resets
         log_decay = log_decay.masked_fill(starts.unsqueeze(-1), -torch.inf)
     state = None if state is None else state.float()
-    return ssd_whole(u, log_decay, b.to(u.dtype), c.to(u.dtype), state)
+    return ssd_whole(u, step, log_decay, b.to(u.dtype), c.to(u.dtype), skip, state)
 
 
 @torch.library.custom_op("longspan::ssd", mutates_args=())
 def ssd_whole(
-    u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+    u: Tensor,
+    step: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `ssd_kernels.ssd_forward`."""
     from pretrain.ops.ssd_kernels import ssd_forward
 
-    return ssd_forward(u, log_decay, b, c, state)
+    return ssd_forward(u, step, log_decay, b, c, skip, state)
 
 
 @torch.library.custom_op("longspan::ssd_backward", mutates_args=())
@@ -201,20 +217,28 @@ def _ssd_whole_backward(
     dy: Tensor,
     d_last: Tensor,
     u: Tensor,
+    step: Tensor,
     log_decay: Tensor,
     b: Tensor,
     c: Tensor,
+    skip: Tensor,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """See `ssd_kernels.ssd_backward`."""
     from pretrain.ops.ssd_kernels import ssd_backward
 
-    return ssd_backward(dy, d_last, u, log_decay, b, c, state)
+    return ssd_backward(dy, d_last, u, step, log_decay, b, c, skip, state)
 
 
 @ssd_whole.register_fake
 def _(
-    u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+    u: Tensor,
+    step: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, _, n_heads, width = u.shape
     return u.new_empty(u.shape), log_decay.new_empty(batch, n_heads, width, b.shape[3])
@@ -225,15 +249,14 @@ def _(
     dy: Tensor,
     d_last: Tensor,
     u: Tensor,
+    step: Tensor,
     log_decay: Tensor,
     b: Tensor,
     c: Tensor,
+    skip: Tensor,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_u, d_log_decay, d_b, d_c, d_state = (
-        x.new_empty(x.shape) for x in (u, log_decay, b, c, d_last)
-    )
-    return d_u, d_log_decay, d_b, d_c, d_state
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (u, step, log_decay, b, c, skip, d_last)]
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -243,7 +266,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _backward_of_whole(ctx: Any, dy: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     *gradients, d_state = _ssd_whole_backward(dy, d_last, *inputs)
-    return *gradients, None if inputs[4] is None else d_state
+    return *gradients, None if inputs[6] is None else d_state
 
 
 ssd_whole.register_autograd(_backward_of_whole, setup_context=_save_inputs)
@@ -251,9 +274,11 @@ ssd_whole.register_autograd(_backward_of_whole, setup_context=_save_inputs)
 
 def ssd_naive(
     u: Tensor,
+    step: Tensor,
     log_decay: Tensor,
     b: Tensor,
     c: Tensor,
+    skip: Tensor,
     state: Tensor | None = None,
     *,
     resets: Tensor | None = None,
@@ -266,7 +291,8 @@ def ssd_naive(
     with no_autocast(u):
         wide = wide_dtype(u)
         b, c = (x.to(wide).repeat_interleave(n_heads // groups, 2) for x in (b, c))
-        decay, written = log_decay.to(wide).exp(), u.to(wide)
+        u_wide, decay = u.to(wide), log_decay.to(wide).exp()
+        written, passed = step.to(wide).unsqueeze(-1) * u_wide, skip.to(wide).unsqueeze(-1) * u_wide
         if state is None:
             state = written.new_zeros(u.shape[0], *u.shape[2:], b.shape[-1])
         outputs = []
@@ -275,5 +301,5 @@ def ssd_naive(
                 state = state * ~resets[:, edges.index(t), None, None, None]
             new = written[:, t].unsqueeze(-1) * b[:, t].unsqueeze(-2)
             state = decay[:, t, :, None, None] * state + new
-            outputs.append((state @ c[:, t].unsqueeze(-1)).squeeze(-1))
+            outputs.append((state @ c[:, t].unsqueeze(-1)).squeeze(-1) + passed[:, t])
     return torch.stack(outputs, 1).to(u.dtype), state

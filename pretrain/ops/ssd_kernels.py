@@ -1,16 +1,17 @@
 """Triton kernels of `ssd`: chunks in parallel, but for the one recurrence from chunk to chunk.
 
-With A_t the sum of a chunk's log decays up to token t, A_C that of all, H the state before a chunk:
+With A_t the sum of a chunk's log decays up to token t, A_C that of all, H the state before a chunk,
+and w = step u what tokens write:
 
-    y_t = exp(A_t) H c_t + sum_{s <= t} (c_t . b_s) exp(A_t - A_s) u_s           `_outputs`
-    H'  = exp(A_C) H + sum_s exp(A_C - A_s) u_s b_s^T                            `_states`
+    y_t = exp(A_t) H c_t + sum_{s <= t} (c_t . b_s) exp(A_t - A_s) w_s + skip u_t     `_outputs`
+    H'  = exp(A_C) H + sum_s exp(A_C - A_s) w_s b_s^T                                 `_states`
 
 and with dy and the gradient E of the state behind the chunk, which the same recurrence gives from
 the right (exp(A_t) dy_t c_t^T in place of what tokens write), `_gradients` has
 
-    du_s = exp(A_C - A_s) E b_s + sum_{t >= s} (c_t . b_s) exp(A_t - A_s) dy_t
-    db_s = sum_heads exp(A_C - A_s) E^T u_s + sum_{t >= s} (dy_t . u_s) exp(A_t - A_s) c_t
-    dc_t = sum_heads exp(A_t) H^T dy_t + sum_{s <= t} (dy_t . u_s) exp(A_t - A_s) b_s
+    dw_s = exp(A_C - A_s) E b_s + sum_{t >= s} (c_t . b_s) exp(A_t - A_s) dy_t
+    db_s = sum_heads exp(A_C - A_s) E^T w_s + sum_{t >= s} (dy_t . w_s) exp(A_t - A_s) c_t
+    dc_t = sum_heads exp(A_t) H^T dy_t + sum_{s <= t} (dy_t . w_s) exp(A_t - A_s) b_s
     dl_t = every term that exp(l_t) is a factor of.
 
 Shapes: B batch, T time, H heads, P head width, G groups, N state size, J chunks of C tokens. Heads
@@ -51,35 +52,44 @@ ENOUGH_PROGRAMS = 256  # of `_states`: some two per multiprocessor
 
 
 @triton.jit
-def _sums(
+def _prepare(
+    step,
     log_decay,
+    steps,
     sums,
     length,
     n_heads,
     chunks,
-    stride_b,
-    stride_t,
-    stride_h,
+    step_stride_b,
+    step_stride_t,
+    step_stride_h,
+    decay_stride_b,
+    decay_stride_t,
+    decay_stride_h,
     HEADS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """(B, T, H) -> (B, H, J * C), log2 decays summed from the start of a chunk; nothing decays
-    behind the last token."""
-    row, j = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    """(B, T, H) -> (B, H, J * C): steps, and log2 decays summed from the start of a chunk. Behind
+    the last token nothing is written and nothing decays."""
+    row, j = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     t = j * CHUNK + tl.arange(0, CHUNK)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    here = (t < length)[:, None] & (h < n_heads)[None, :]
-    at = row.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t + h[None, :] * stride_h
-    power = tl.load(log_decay + at, here, 0.0) * LOG2_E
+    is_head = (h < n_heads)[None, :]
+    here, far = is_head & (t < length)[:, None], t.to(tl.int64)[:, None]
+    place = (row * n_heads + h)[None, :] * (chunks * CHUNK) + t[:, None]
+    source = step + row * step_stride_b + far * step_stride_t + h[None, :] * step_stride_h
+    tl.store(steps + place, tl.load(source, here, 0.0), is_head)
+    source = log_decay + row * decay_stride_b + far * decay_stride_t + h[None, :] * decay_stride_h
+    power = tl.load(source, here, 0.0) * LOG2_E
     power = tl.where(power < ZERO, ZERO, power)  # a maximum would drop NaN
-    place = (row * n_heads + h).to(tl.int64)[None, :] * (chunks * CHUNK) + t[:, None]
-    tl.store(sums + place, tl.cumsum(power, 0), (h < n_heads)[None, :])
+    tl.store(sums + place, tl.cumsum(power, 0), is_head)
 
 
 @triton.jit
 def _states(
     values,
     keys,
+    steps,
     sums,
     start,
     states,
@@ -114,6 +124,7 @@ def _states(
     s = tl.zeros([WIDTH, STATE], tl.float32)
     if HAS_START:
         s = tl.load(start + own, inside, 0.0)
+    steps += lane.to(tl.int64) * (chunks * CHUNK)
     sums += lane.to(tl.int64) * (chunks * CHUNK)
     values += row * v_stride_b + head * v_stride_h + p[None, :]
     keys += row * k_stride_b + head // per_group * k_stride_g + n[None, :]
@@ -127,6 +138,8 @@ def _states(
         k = tl.load(keys + far * k_stride_t, here & (n < d_state)[None, :], 0.0)
         passed, all_passed = tl.load(sums + t), tl.load(sums + j * CHUNK + CHUNK - 1)
         weight = tl.exp2(passed if REVERSE else all_passed - passed)
+        if not REVERSE:
+            weight *= tl.load(steps + t)
         x = tl.trans((x * weight[:, None]).to(k.dtype))
         s = tl.dot(x, k, s * tl.exp2(all_passed))
     tl.store(last + own, s, inside)
@@ -137,6 +150,8 @@ def _outputs(
     u,
     b,
     c,
+    skip,
+    steps,
     sums,
     before,
     y,
@@ -172,17 +187,19 @@ def _outputs(
     c += row * c_stride_b + far * c_stride_t + group * c_stride_g + n[None, :]
     b_tile, c_tile = tl.load(b, is_bc, 0.0), tl.load(c, is_bc, 0.0)
     scores = tl.dot(c_tile, tl.trans(b_tile))
-    causal = token[:, None] >= token[None, :]
+    causal, same = token[:, None] >= token[None, :], token[:, None] == token[None, :]
     u += row * u_stride_b + far * u_stride_t + p[None, :]
     y += (row * length + far) * (n_heads * width) + p[None, :]
     before += (row * chunks + j) * n_heads * (width * d_state) + p[:, None] * d_state + n[None, :]
+    steps += row * n_heads * (chunks * CHUNK) + t
     sums += row * n_heads * (chunks * CHUNK) + t
     for head in range(first, first + HEADS):
         x = tl.load(u + head * u_stride_h, is_u, 0.0)
         state = tl.load(before + head * (width * d_state), is_state, 0.0)
         passed = tl.load(sums + head * (chunks * CHUNK))
         between = tl.where(causal, passed[:, None] - passed[None, :], float("-inf"))
-        weights = scores * tl.exp2(between)
+        weights = scores * tl.exp2(between) * tl.load(steps + head * (chunks * CHUNK))[None, :]
+        weights += tl.where(same, tl.load(skip + head), 0.0)
         out = tl.dot(c_tile, tl.trans(state)) * tl.exp2(passed)[:, None]
         out = tl.dot(weights.to(x.dtype), x, out)
         tl.store(y + head * width, out.to(y.dtype.element_ty), is_u)
@@ -224,14 +241,18 @@ def _gradients(
     dy,
     b,
     c,
+    skip,
     scores,
+    steps,
     sums,
     before,
     behind,
     du,
+    d_step,
     d_log_decay,
     db,
     dc,
+    d_skip,
     length,
     chunks,
     n_heads,
@@ -271,13 +292,16 @@ def _gradients(
     c += row * c_stride_b + far * c_stride_t + group * c_stride_g + n[None, :]
     b_tile, c_tile = tl.load(b, is_bc, 0.0), tl.load(c, is_bc, 0.0)
     scores += ((row * chunks + j) * groups + group) * (CHUNK * CHUNK)
-    causal, later = token[:, None] <= token[None, :], token[:, None] < token[None, :]
+    causal, same = token[:, None] <= token[None, :], token[:, None] == token[None, :]
     u += row * u_stride_b + far * u_stride_t + p[None, :]
     dy += row * dy_stride_b + far * dy_stride_t + p[None, :]
     du += (row * length + far) * (n_heads * width) + p[None, :]
+    d_step += (row * length + t) * n_heads
     d_log_decay += (row * length + t) * n_heads
+    d_skip += (row * chunks + j) * n_heads
     state_at = (row * chunks + j) * n_heads * (width * d_state)
     state_at += p[:, None] * d_state + n[None, :]
+    steps += row * n_heads * (chunks * CHUNK) + t
     sums += row * n_heads * (chunks * CHUNK) + j * CHUNK
     products = tl.zeros([CHUNK, CHUNK], tl.float32)  # of dy_t and u_s, decayed, of all heads
     db_tile, dc_tile = tl.zeros([STATE, CHUNK], tl.float32), tl.zeros([STATE, CHUNK], tl.float32)
@@ -289,23 +313,30 @@ def _gradients(
         own = sums + head * (chunks * CHUNK)
         scores_tile = tl.load(scores + token[:, None] * CHUNK + token[None, :])
         passed, all_passed = tl.load(own + token), tl.load(own + CHUNK - 1)
+        step, skipped = tl.load(steps + head * (chunks * CHUNK)), tl.load(skip + head)
         between = tl.where(causal, passed[None, :] - passed[:, None], float("-inf"))
         decay, since_start = tl.exp2(between), tl.exp2(passed)
         to_end = tl.exp2(all_passed - passed)
 
-        product = tl.dot(x, tl.trans(d)) * decay
-        products += product
-        weights = tl.trans((scores_tile * decay).to(x.dtype))
-        # Exactly without the diagonal: a token's own output does not decay.
-        moved = tl.where(later, scores_tile * product, 0.0)
-        d_sum = tl.sum(moved, 0) - tl.sum(moved, 1)
+        product = tl.dot(x, tl.trans(d))
+        tl.store(d_skip + head, tl.sum(tl.sum(tl.where(same, product, 0.0), 1), 0))
+        product *= decay
+        products += product * step[:, None]
+        # What steps s and outputs t have of each other. A token's own part decays no more, and
+        # falls out of the difference.
+        shared = scores_tile * product
+        of_step = tl.sum(shared, 1)
+        d_sum = tl.sum(shared * step[:, None], 0) - of_step * step
 
+        weights = scores_tile * decay * step[:, None] + tl.where(same, skipped, 0.0)
         d_x = tl.dot(b_tile, tl.trans(behind_tile)) * to_end[:, None]
         carried_out = tl.sum(d_x * x, 1)
-        d_x += tl.trans(tl.dot(tl.trans(d), weights))
+        tl.store(d_step + head, of_step + carried_out, t < length)
+        carried_out *= step
+        d_x = d_x * step[:, None] + tl.trans(tl.dot(tl.trans(d), tl.trans(weights.to(x.dtype))))
         tl.store(du + head * width, d_x.to(du.dtype.element_ty), is_u)
 
-        x_end = (x * to_end[:, None]).to(x.dtype)
+        x_end = (x * (to_end * step)[:, None]).to(x.dtype)
         db_tile = tl.dot(tl.trans(behind_tile), tl.trans(x_end), db_tile)
         d_start = (d * since_start[:, None]).to(x.dtype)
         dc_tile = tl.dot(tl.trans(before_tile), tl.trans(d_start), dc_tile)
@@ -332,15 +363,23 @@ def _gradients(
 
 
 def ssd_forward(
-    u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+    u: Tensor,
+    step: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd` in one piece; a token with a log decay of -inf begins anew.
 
     Args:
         u: (B, T, H, P).
+        step: (B, T, H), fp32.
         log_decay: (B, T, H), fp32.
         b: (B, T, G, N) in the dtype of `u`.
         c: like `b`.
+        skip: (H,), fp32.
         state: (B, H, P, N), fp32.
 
     Returns:
@@ -351,13 +390,15 @@ def ssd_forward(
     length, n_heads = u.shape[1:3]
     y = u.new_empty(u.shape)
     with torch.cuda.device_of(u):
-        sums = _summed(log_decay, tiling.chunk)
-        before, last = _chunk_states(u, b, sums, state, tiling.chunk)
+        steps, sums = _prepared(step, log_decay, tiling.chunk)
+        before, last = _chunk_states(u, b, steps, sums, state, tiling.chunk)
         chunks = sums.shape[2] // tiling.chunk
         _outputs[(u.shape[0] * chunks, n_heads // tiling.heads)](
             u,
             b,
             c,
+            skip,
+            steps,
             sums,
             before,
             y,
@@ -380,26 +421,28 @@ def ssd_backward(
     dy: Tensor,
     d_last: Tensor,
     u: Tensor,
+    step: Tensor,
     log_decay: Tensor,
     b: Tensor,
     c: Tensor,
+    skip: Tensor,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of u, log_decay, b, c and the state, contiguous, from those of y and the last
-    state; for the rest see `ssd_forward`."""
+) -> list[Tensor]:
+    """The gradients of all arguments of `ssd_forward`, contiguous, from those of its results."""
     u, dy, b, c = (_rows(x) for x in (u, dy, b, c))
     tiling = _tiling(GRADIENTS, u, b)
     length, n_heads = u.shape[1:3]
     parts = n_heads // tiling.heads
     shares = parts // b.shape[2]  # programs that a group's heads are dealt to
-    du, d_log_decay = u.new_empty(u.shape), log_decay.new_empty(log_decay.shape)
+    du, d_step, d_log_decay = (x.new_empty(x.shape) for x in (u, step, log_decay))
     db = b.new_empty(shares, *b.shape, dtype=b.dtype if shares == 1 else torch.float32)
     dc = torch.empty_like(db)
     with torch.cuda.device_of(u):
-        sums = _summed(log_decay, tiling.chunk)
-        before, _ = _chunk_states(u, b, sums, state, tiling.chunk)
-        behind, d_state = _chunk_states(dy, c, sums, d_last, tiling.chunk, reverse=True)
+        steps, sums = _prepared(step, log_decay, tiling.chunk)
+        before, _ = _chunk_states(u, b, steps, sums, state, tiling.chunk)
+        behind, d_state = _chunk_states(dy, c, steps, sums, d_last, tiling.chunk, reverse=True)
         chunks = sums.shape[2] // tiling.chunk
+        d_skip = sums.new_empty(u.shape[0] * chunks, n_heads)
         scores = sums.new_empty(u.shape[0], chunks, b.shape[2], tiling.chunk, tiling.chunk)
         _scores[(u.shape[0] * chunks, b.shape[2])](
             b,
@@ -418,14 +461,18 @@ def ssd_backward(
             dy,
             b,
             c,
+            skip,
             scores,
+            steps,
             sums,
             before,
             behind,
             du,
+            d_step,
             d_log_decay,
             db,
             dc,
+            d_skip,
             length,
             chunks,
             n_heads,
@@ -440,31 +487,35 @@ def ssd_backward(
             **_sizes(u, b),
         )
     db, dc = (x[0] if shares == 1 else x.sum(0).to(b.dtype) for x in (db, dc))
-    return du, d_log_decay, db, dc, d_state
+    return [du, d_step, d_log_decay, db, dc, d_skip.sum(0), d_state]
 
 
-def _summed(log_decay: Tensor, chunk: int) -> Tensor:
-    """(B, H, J * C); see `_sums`."""
+def _prepared(step: Tensor, log_decay: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """See `_prepare`."""
     batch, length, n_heads = log_decay.shape
     chunks, heads = triton.cdiv(length, chunk), 16
-    sums = log_decay.new_empty(batch, n_heads, chunks * chunk)
-    _sums[(batch * chunks, triton.cdiv(n_heads, heads))](
+    steps = log_decay.new_empty(batch, n_heads, chunks * chunk)
+    sums = torch.empty_like(steps)
+    _prepare[(batch * chunks, triton.cdiv(n_heads, heads))](
+        step,
         log_decay,
+        steps,
         sums,
         length,
         n_heads,
         chunks,
+        *step.stride(),
         *log_decay.stride(),
         HEADS=heads,
         CHUNK=chunk,
-        num_warps=4,
     )
-    return sums
+    return steps, sums
 
 
 def _chunk_states(
     values: Tensor,
     keys: Tensor,
+    steps: Tensor,
     sums: Tensor,
     start: Tensor | None,
     chunk: int,
@@ -484,6 +535,7 @@ def _chunk_states(
     _states[(batch * n_heads, triton.cdiv(width, tile_p), triton.cdiv(d_state, tile_n))](
         values,
         keys,
+        steps,
         sums,
         start if start is None else start.contiguous(),
         states,

@@ -18,7 +18,7 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def problem(length: int, dtype: torch.dtype, carried: bool, groups: int = GROUPS) -> list[Tensor]:
-    """u, log_decay, b, c and the state; decays and state in at least fp32."""
+    """u, step, log_decay, b, c, skip and the state; all but u, b and c in at least fp32."""
     generator = torch.Generator().manual_seed(length)
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -29,9 +29,11 @@ def problem(length: int, dtype: torch.dtype, carried: bool, groups: int = GROUPS
     steps = draw(BATCH, length, HEADS, dtype=torch.float64)
     leaves = [
         draw(BATCH, length, HEADS, WIDTH, dtype=dtype),
+        draw(BATCH, length, HEADS, dtype=wide),
         (-(2 * steps - 2).exp()).detach().to(wide).requires_grad_(),  # 1e-4 to 10 per token
         draw(BATCH, length, groups, STATE, dtype=dtype),
         draw(BATCH, length, groups, STATE, dtype=dtype),
+        draw(HEADS, dtype=wide),
     ]
     return [*leaves, draw(BATCH, HEADS, WIDTH, STATE, dtype=wide)] if carried else leaves
 
@@ -79,8 +81,8 @@ def test_decays_over_a_chunk_keep_their_digits() -> None:
     """After strong decays the weights of recent tokens must not come from large differences."""
     length = 64
     leaves = [x.detach() for x in problem(length, torch.float64, False)]
-    leaves[1] = leaves[1].clone()
-    leaves[1][:, : length // 2] = -1000.0
+    leaves[2] = leaves[2].clone()
+    leaves[2][:, : length // 2] = -1000.0
     want, _ = ssd_naive(*leaves, chunk_size=length)
     got, _ = ssd(*(x.float() for x in leaves), chunk_size=length)
     # fp32 rounds a sum of 32,000 to 2e-3; each log decay alone to 6e-8 of itself.
@@ -103,12 +105,21 @@ def test_chunks_that_straddle_reset_edges_are_refused() -> None:
 OPERATOR_BOUNDS = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def of_one_projection(u: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, *state: Tensor, **edges):
+def of_one_projection(
+    u: Tensor,
+    step: Tensor,
+    log_decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    *state: Tensor,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
     """The operator on u, b and c that are views of one tensor, as a projection leaves them."""
     flat = [x.flatten(2) for x in (u, b, c)]
     parts = torch.cat(flat, 2).split([x.shape[2] for x in flat], 2)
     u, b, c = (part.unflatten(2, x.shape[2:]) for part, x in zip(parts, (u, b, c), strict=True))
-    return fused_ssd(u, log_decay, b, c, *state, **edges)
+    return fused_ssd(u, step, log_decay, b, c, skip, *state, **others)
 
 
 def assert_near(got: list[Tensor], want: list[Tensor], bound: float) -> None:
@@ -165,7 +176,7 @@ def test_a_reset_lets_nothing_through() -> None:
     resets = torch.ones(BATCH, 1, dtype=torch.bool)
     y, after = fused_ssd(*leaves, resets=resets, edges=range(13, 40, 32))
     leaves[0][:, :13] = 1e9
-    leaves[4] += 1e9
+    leaves[6] += 1e9
     changed, after_changed = fused_ssd(*leaves, resets=resets, edges=range(13, 40, 32))
     assert torch.equal(changed[:, 13:], y[:, 13:])
     assert torch.equal(after_changed, after)
@@ -174,7 +185,7 @@ def test_a_reset_lets_nothing_through() -> None:
 @pytest.mark.triton
 def test_no_number_goes_unnoticed() -> None:
     leaves = [x.detach() for x in problem(20, torch.float32, False)]
-    leaves[1][0, 3, 1] = torch.nan
+    leaves[2][0, 3, 1] = torch.nan
     y, after = fused_ssd(*leaves)
     assert y[0, 3:, 1].isnan().all()
     assert after[0, 1].isnan().all()
@@ -200,8 +211,8 @@ def test_the_backward_is_given_the_inputs_and_nothing_else(carried: bool) -> Non
 def check_the_rules_of_torch_library(dtype: torch.dtype, device: str) -> None:
     leaves = [x.detach().to(device) for x in problem(20, dtype, True)]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for state in (leaves[4], None):
-        inputs = [x.requires_grad_() for x in leaves[:4]]
+    for state in (leaves[6], None):
+        inputs = [x.requires_grad_() for x in leaves[:6]]
         torch.library.opcheck(ssd_whole, (*inputs, state), test_utils=tests)
 
 
@@ -218,7 +229,7 @@ def test_the_operator_keeps_the_rules_of_torch_library() -> None:
 def real_problem(
     length: int, width: int, d_state: int, groups: int, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Two sequences, 32 heads; steps and decays as Mamba-2 begins."""
+    """Two sequences, 32 heads; decays as Mamba-2 begins."""
     heads = 32
     generator = torch.Generator("cuda").manual_seed(length)
 
@@ -227,10 +238,10 @@ def real_problem(
 
     steps = (draw(2, length, heads) - 4).exp()
     a = 16 * torch.rand(heads, generator=generator, device="cuda")
-    u = (steps.unsqueeze(-1) * draw(2, length, heads, width)).to(dtype)
+    u = draw(2, length, heads, width).to(dtype)
     b, c = (draw(2, length, groups, d_state).to(dtype) for _ in range(2))
-    state = draw(2, heads, width, d_state)
-    return [x.requires_grad_() for x in (u, -steps * a, b, c, state)]
+    inputs = (u, steps, -steps * a, b, c, draw(heads), draw(2, heads, width, d_state))
+    return [x.requires_grad_() for x in inputs]
 
 
 @pytest.mark.gpu
@@ -253,7 +264,7 @@ def test_kernels_equal_the_chunked_form_in_fp64(
     leaves = real_problem(length, width, d_state, groups, dtype)
     edges = range(0, length, 64) if documents else range(0)
     resets = torch.rand(2, len(edges), device="cuda") < 0.3 if documents else None
-    above = [torch.randn(s.shape, device="cuda").to(dtype) for s in (leaves[0], leaves[4])]
+    above = [torch.randn(s.shape, device="cuda").to(dtype) for s in (leaves[0], leaves[6])]
 
     def found(inputs: list[Tensor]) -> list[Tensor]:
         results = ssd(*inputs, resets=resets, edges=edges)
