@@ -28,6 +28,22 @@ from pretrain.ops.short_convolution import short_convolution
 from pretrain.ops.ssd import ssd
 
 
+class InProjection(nn.Linear):
+    """(..., D) -> z (..., I), and xbc and dt, (..., out_features - I).
+
+    Two products: the backward keeps z, but of the rest what the convolution makes of it, and z as a
+    part of one tensor would keep both.
+    """
+
+    def __init__(self, d_model: int, d_inner: int, out_features: int) -> None:
+        super().__init__(d_model, out_features, bias=False)
+        self.d_inner = d_inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, rest = self.weight.split([self.d_inner, self.out_features - self.d_inner])
+        return F.linear(x, gate), F.linear(x, rest)
+
+
 class ShortConvolution(nn.Module):
     """The taps, in the layout of `nn.Conv1d`, and its initialisation."""
 
@@ -112,7 +128,8 @@ class Mamba2(TokenMixer):
         self.conv_taps = conv_taps
         self.block_size = self.reset_grid = chunk_size
         self.conv_width = self.d_inner + 2 * n_groups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + self.conv_width + self.n_heads, bias=False)
+        outputs = self.d_inner + self.conv_width + self.n_heads
+        self.in_proj = InProjection(d_model, self.d_inner, outputs)
         self.conv1d = ShortConvolution(self.conv_width, conv_taps)
         dt = torch.empty(self.n_heads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt
@@ -125,8 +142,8 @@ class Mamba2(TokenMixer):
         self, x: Tensor, state: Mamba2State | None = None, *, resets: Tensor | None = None
     ) -> MixerOutput:
         clock = self.clock(x, state, resets)
-        widths = [self.d_inner, self.conv_width, self.n_heads]
-        z, xbc, dt = self.in_proj(x).split(widths, -1)
+        z, rest = self.in_proj(x)
+        xbc, dt = rest.split([self.conv_width, self.n_heads], -1)
         before = None if state is None else state.conv
         xbc, conv = self.conv1d(xbc, before, clock.resets, clock.edges)
         width = self.n_groups * self.d_state
