@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.mixers.base import MixerOutput, TokenMixer
+from pretrain.ops.gated_norm import GatedNorm, gated_norm_linear
 from pretrain.ops.numerics import no_autocast, wide_dtype
 from pretrain.ops.short_convolution import short_convolution
 from pretrain.ops.ssd import ssd
@@ -70,13 +71,17 @@ class GatedRMSNorm(nn.Module):
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y, z (B, T, I) -> (B, T, I) in the dtype of z; computed in at least fp32."""
-        with no_autocast(y):
-            wide = wide_dtype(y)
-            gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))
-            scale = (gated.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-            return ((gated * scale).flatten(-2) * self.weight.to(wide)).to(z.dtype)
+    def forward(self, y: Tensor, z: Tensor) -> GatedNorm:
+        """y, z (B, T, I); formed by the product behind it."""
+        # A copy: ZeRO-3 takes the parameter back when its module is done.
+        return GatedNorm(y, z, self.weight.clone(), self.groups, self.eps)
+
+
+class OutProjection(nn.Linear):
+    """W (gated norm), (..., D)."""
+
+    def forward(self, norm: GatedNorm) -> Tensor:  # type: ignore[override]
+        return gated_norm_linear(norm, self.weight)
 
 
 class Mamba2State(NamedTuple):
@@ -136,7 +141,7 @@ class Mamba2(TokenMixer):
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.norm = GatedRMSNorm(self.d_inner, n_groups, norm_eps)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = OutProjection(self.d_inner, d_model, bias=False)
 
     def forward(
         self, x: Tensor, state: Mamba2State | None = None, *, resets: Tensor | None = None
