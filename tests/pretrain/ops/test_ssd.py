@@ -182,15 +182,25 @@ def test_a_reset_lets_nothing_through() -> None:
     assert torch.equal(after_changed, after)
 
 
-@pytest.mark.triton
-def test_no_number_goes_unnoticed() -> None:
-    leaves = [x.detach() for x in problem(20, torch.float32, False)]
+def check_that_nan_is_passed_on(dtype: torch.dtype, device: str) -> None:
+    leaves = [x.detach().to(device) for x in problem(20, dtype, False)]
     leaves[2][0, 3, 1] = torch.nan
     y, after = fused_ssd(*leaves)
     assert y[0, 3:, 1].isnan().all()
     assert after[0, 1].isnan().all()
     assert y[0, :, 0].isfinite().all()
     assert y[1].isfinite().all()
+
+
+@pytest.mark.triton
+def test_interpreted_operator_passes_nan_on() -> None:
+    check_that_nan_is_passed_on(torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+def test_the_operator_passes_nan_on() -> None:
+    """A GPU's maximum would take it for the least decay."""
+    check_that_nan_is_passed_on(torch.bfloat16, "cuda")
 
 
 @pytest.mark.triton
