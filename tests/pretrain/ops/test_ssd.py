@@ -1,6 +1,6 @@
 """The chunked forms of SSD equal its recurrence: values, states and gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -286,17 +286,23 @@ def test_kernels_equal_the_chunked_form_in_fp64(
 
 
 def check_compiled(
-    form: Callable[..., Any], backend: str, inputs: list[Tensor], bound: float
+    form: Callable[..., Any],
+    backend: str,
+    inputs: list[Tensor],
+    bound: float,
+    parameters: Sequence[Tensor] = (),
 ) -> None:
-    """In one graph, and to the same numbers."""
+    """In one graph, and to the same numbers; parameters' gradients are judged together."""
     torch._dynamo.reset()
     compiled = torch.compile(form, fullgraph=True, dynamic=False, backend=backend)
     results = []
     for one in (form, compiled):
         values = one(*inputs)
-        results.append(
-            [*values, *torch.autograd.grad(sum(v.square().sum() for v in values), inputs)]
-        )
+        loss = sum(value.square().sum() for value in values)
+        gradients = torch.autograd.grad(loss, [*inputs, *parameters])
+        ours, theirs = gradients[: len(inputs)], gradients[len(inputs) :]
+        together = [torch.cat([gradient.flatten() for gradient in theirs])] if theirs else []
+        results.append([*values, *ours, *together])
     assert_near(results[1], results[0], bound)
 
 
@@ -321,4 +327,4 @@ def test_a_compiled_block_computes_the_same() -> None:
             out = block(x, state, resets)
         return out.x, out.state.ssm
 
-    check_compiled(form, "inductor", [x], 2e-2)
+    check_compiled(form, "inductor", [x], 2e-2, list(block.parameters()))
