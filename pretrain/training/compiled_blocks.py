@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.training.loop_barriers import add_loop_barriers
+
 # bf16 keeps 8 bits and a compiled block rounds in other places: 0.01 of what a block adds.
 COMPILED_ERROR, TINY = 0.05, 1e-12
 SHARE = 1e-3  # of all gradients: smaller ones, as of a bias that softmax ignores, are noise
@@ -20,6 +22,7 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     are static, as in the tests of the mixers: training has one.
     """
     torch._dynamo.config.recompile_limit = 64
+    add_loop_barriers()
     for module in (*model.blocks, model.norm):  # type: ignore[misc]
         module.compile(backend=backend, dynamic=False)
 
