@@ -238,7 +238,12 @@ class Mega(TokenMixer):
                 offset=offset,
                 weighting=self.weighting,
             )
-            k, v = (last_tokens(c, (offset + clock.length) % self.chunk_size) for c in (k, v))
+            keep = (offset + clock.length) % self.chunk_size
+            # Inductor makes a view of an empty copy, which keeps all keys and values alive.
+            k, v = (
+                last_tokens(c, keep) if keep else c.new_empty(x.shape[0], 0, *c.shape[2:])
+                for c in (k, v)
+            )
         else:
             bias = self.bias(torch.arange(k.shape[1], device=x.device))
             starts = document_starts(clock, k.shape[1] - clock.length)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pretrain.ops.attention_weights import attention_weights
 from pretrain.ops.numerics import wide_dtype
 from pretrain.ops.relative_bias import toeplitz_bias
 from pretrain.ops.window_attention import query_runs
@@ -84,7 +85,7 @@ def chunk_attention(
         (B, T, H, V).
     """
     outputs = []
-    for start, stop, size in query_runs(q.shape[1], offset, chunk_size):
+    for start, stop, size in query_runs(q.shape[1], offset, chunk_size, alone=False):
         at = offset if start == 0 else 0  # tokens of this run's chunks in front of its queries
         count = (stop - start) // size
         queries = q[:, start:stop].unflatten(1, (count, size)).flatten(0, 1).transpose(1, 2)
@@ -110,11 +111,11 @@ def _attend(
     scores = scores.to(wide_dtype(scores))
     if weighting == "softmax":
         scores = scores * q.shape[-1] ** -0.5 + bias
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        (weights,) = attention_weights((scores.masked_fill(~visible, -torch.inf),), v.dtype)
     else:
         scores = scores / visible.sum(-1, keepdim=True) + bias
-        weights = laplace(scores).masked_fill(~visible, 0.0)
-    return weights.to(v.dtype) @ v
+        weights = laplace(scores).masked_fill(~visible, 0.0).to(v.dtype)
+    return weights @ v
 
 
 def laplace(scores: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.ops.attention_weights import attention_weights
 from pretrain.ops.numerics import no_autocast, wide_dtype
 from pretrain.ops.relative_bias import toeplitz_bias
 from pretrain.ops.window_attention import key_blocks, keys_in_front, query_runs
@@ -109,19 +110,24 @@ def vq_attention(
     Returns:
         (B, T, H, V), and the cache for the call that follows.
     """
-    counts, means, after = _caches(codes, v, cache, q.shape[1], block_size, offset, fresh)
-    wide = means.dtype
-    log_counts = counts.log()  # log 0 = -inf hides a code that nothing fell on
-    book, means = codebook.to(q.dtype).transpose(1, 2), means.to(v.dtype)
+    before, after = _caches(codes, v, cache, q.shape[1], block_size, offset, fresh)
+    wide, book = cache.means.dtype, codebook.to(q.dtype).transpose(1, 2)
     cached, outputs, block = local_k.shape[1] - q.shape[1], [], 0
     for start, stop, size in query_runs(q.shape[1], offset, block_size):
         at = offset if start == 0 else 0
         back = keys_in_front("own_and_previous", block_size, cached - offset, start)
         count = (stop - start) // size
         first = cached + start - at - back
+        # In memory of their own: a view of one block would keep all T tokens for the backward.
         keys, values, seen = (
-            key_blocks(x, first, back, at + size, count).unflatten(0, (-1, count)).transpose(2, 3)
+            key_blocks(x, first, back, at + size, count).contiguous()
             for x in (local_k, v, codes.unsqueeze(-1))
+        )
+        keys, values, seen = (
+            x.unflatten(0, (-1, count)).transpose(2, 3) for x in (keys, values, seen)
+        )
+        counts, means = (
+            torch.stack(parts, 1) for parts in zip(*before[block : block + count], strict=True)
         )
         far, near = (
             x[:, start:stop].unflatten(1, (count, size)).transpose(2, 3) for x in (q, local_q)
@@ -136,10 +142,10 @@ def vq_attention(
             begun = fresh[:, block : block + count, None, None, None]
             visible = visible & ~(begun & (place < 0))
         recent = recent.masked_fill(~visible, -torch.inf)
-        old = (far @ book).to(wide) + log_counts[:, block : block + count].unsqueeze(-2)
-        weights = torch.cat([recent, old], -1).softmax(-1).to(v.dtype)
-        near, far = weights.split([recent.shape[-1], old.shape[-1]], -1)
-        y = near @ values + far @ means[:, block : block + count]
+        # log 0 = -inf hides a code that nothing fell on
+        old = (far @ book).to(wide) + counts.log().unsqueeze(-2)
+        near, far = attention_weights((recent, old), v.dtype)
+        y = near @ values + far @ means.to(v.dtype)
         outputs.append(y.transpose(2, 3).flatten(1, 2))
         block += count
     return torch.cat(outputs, 1), after
@@ -153,8 +159,8 @@ def _caches(
     block_size: int,
     offset: int,
     fresh: Tensor | None,
-) -> tuple[Tensor, Tensor, VQCache]:
-    """The cache that each block sees, (B, blocks, H, S) and (B, blocks, H, S, V), and the last.
+) -> tuple[list[VQCache], VQCache]:
+    """The cache that each block sees, and the last.
 
     A block sees what lies before its predecessor; when it ends, the predecessor joins the cache.
     """
@@ -177,7 +183,7 @@ def _caches(
             share = 1 / after.clamp(min=1).unsqueeze(-1)
             mean = cache.means * (cache.counts.unsqueeze(-1) * share) + total * share
             cache = VQCache(after, mean)
-    return torch.stack([c.counts for c in seen], 1), torch.stack([c.means for c in seen], 1), cache
+    return seen, cache
 
 
 def _block_statistics(
@@ -257,8 +263,7 @@ def two_sided_vq_attention(
     hidden = (seen == FORGOTTEN).transpose(-1, -2)
     recent = recent.masked_fill(hidden, torch.finfo(dtype).min)
     old = (q @ codebook.to(q.dtype).transpose(1, 2)).to(dtype) + counts.log().unsqueeze(-2)
-    weights = torch.cat([recent, old], -1).softmax(-1).to(v.dtype)
-    recent, old = weights.split([recent.shape[-1], old.shape[-1]], -1)
+    recent, old = attention_weights((recent, old), v.dtype)
     y = recent @ values + old @ means
     return y.transpose(2, 3).flatten(1, 2)[:, :length]
 

@@ -126,12 +126,15 @@ def keys_in_front(reach: Reach, block_size: int, first: int, start: int) -> int:
     return 0 if reach == "own" else block_size
 
 
-def query_runs(length: int, offset: int, block_size: int) -> list[tuple[int, int, int]]:
+def query_runs(
+    length: int, offset: int, block_size: int, *, alone: bool = True
+) -> list[tuple[int, int, int]]:
     """(start, stop, queries per block): the first block, the whole ones after it, a ragged tail.
 
-    The first block stands alone because its keys come from the cache.
+    The first block stands alone where its keys come from the cache; without `alone` only one of
+    which the call has a part.
     """
-    head = min(block_size - offset, length)
+    head = min(block_size - offset, length) if alone or offset else 0
     tail = (length - head) % block_size
     bounds = [
         (0, head, head),
