@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.ops.channel_rows import channel_rows, tokens_of_rows
 from pretrain.ops.chunks import chunk_runs, kept_states
 from pretrain.ops.lti_ssm import toeplitz
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -73,16 +74,16 @@ def damped_ema(
         outputs = []
         for start, stop, size in runs:
             keep = kept_states(resets, edges, start, stop, size)
-            # One transposing copy of u feeds both products.
-            x = u[:, start:stop].permute(2, 0, 1).reshape(u.shape[2], -1, size)
+            x = channel_rows(u[:, start:stop], size)
             local = torch.bmm(x, powers[:, :size].flip(1).to(x.dtype)).to(log_q.dtype)
             local = local.unflatten(1, (u.shape[0], -1))
             before, s = ema_scan(local, powers[:, size], s, keep)
             y = torch.bmm(x, toeplitz(taps[:, :size]).to(x.dtype))
             carried = read[:, 1 : size + 1].transpose(1, 2).to(x.dtype)
             y = torch.baddbmm(y, before.flatten(1, 2).to(x.dtype), carried)
-            outputs.append(y.view(u.shape[2], u.shape[0], -1))
-    return torch.cat(outputs, -1).permute(1, 2, 0), s.transpose(0, 1)
+            outputs.append(tokens_of_rows(y, u.shape[0]))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return y, s.transpose(0, 1)
 
 
 def damped_ema_naive(

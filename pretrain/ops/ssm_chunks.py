@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from pretrain.ops.channel_rows import transpose_rows
+
 
 @torch.library.custom_op("longspan::ssm_chunks", mutates_args=())
 def ssm_chunks(
@@ -123,7 +125,7 @@ def _forward(
     size = matrix.shape[1] - width
     rows = u.new_empty(channels, batch * (length // size), size + width)
     x, before = rows.split([size, width], 2)
-    _transpose(u, x)
+    transpose_rows(u, x)
     local = _wide_product(x, matrix[:, :size, size:], s.dtype)
     last = _scan(local, chunk_decay, s, keep, before)
     y = torch.bmm(rows, matrix[:, :, :size])
@@ -142,7 +144,7 @@ def _backward(
     size = matrix.shape[1] - width
     d_rows = torch.empty_like(rows)
     d_out, d_local = d_rows.split([size, width], 2)
-    _transpose(d_y.permute(1, 2, 0), d_out)
+    transpose_rows(d_y.permute(1, 2, 0), d_out)
     d_before = _wide_product(d_out, matrix[:, size:, :size].mT, d_s.dtype)
     d_start = _scan(d_before, chunk_decay, d_s, keep, d_local, reverse=True)
     d_u = torch.bmm(d_rows, matrix[:, :size].mT).view(d_y.shape)
@@ -161,16 +163,6 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype != dtype and a.device.type == "cuda":
         return torch.bmm(a, b, out_dtype=dtype)
     return torch.bmm(a, b).to(dtype)
-
-
-def _transpose(u: Tensor, into: Tensor) -> None:
-    """u (B, T, D) -> into (D, B * J, C)."""
-    if u.device.type == "cuda":
-        from pretrain.ops.scan_kernels import transpose_into
-
-        transpose_into(u, into)
-    else:
-        into.copy_(u.permute(2, 0, 1).reshape(into.shape))
 
 
 def _scan(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.ops.channel_rows import channel_rows, tokens_of_rows
 from pretrain.ops.damped_ema import ema_scan
 from pretrain.ops.flex_window_attention import document_numbers
 from pretrain.ops.lti_ssm import chunk_scan
@@ -51,3 +52,13 @@ def test_the_rotary_table_keeps_them_too() -> None:
 def test_the_numbers_of_documents_keep_them_too() -> None:
     fresh = torch.tensor([[True, False], [False, True]])
     torch.library.opcheck(document_numbers, (5, 3, 4, 1, fresh))
+
+
+def test_rows_of_channels_keep_them_too_and_lead_back() -> None:
+    u = leaf(B, J * C, D)
+    torch.library.opcheck(channel_rows, (u, C))
+    rows = channel_rows(u, C)
+    assert rows.is_contiguous()
+    assert torch.equal(rows[1, 1], u[0, C : 2 * C, 1])  # channel 1, second chunk of the first lane
+    assert torch.equal(tokens_of_rows(rows, B), u)
+    torch.autograd.gradcheck(lambda u: tokens_of_rows(channel_rows(u, C).square(), B), u)
