@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.mixers.mamba2 import Mamba2
 from pretrain.models.block import Block
-from pretrain.ops.ssd import fused_ssd, ssd, ssd_naive, ssd_whole
+from pretrain.ops.ssd import fused_ssd, has_kernels, ssd, ssd_naive, ssd_whole
 
 BATCH, HEADS, WIDTH, GROUPS, STATE, CHUNK = 2, 4, 3, 2, 5, 8
 
@@ -236,6 +236,11 @@ def test_the_operator_keeps_the_rules_of_torch_library() -> None:
     check_the_rules_of_torch_library(torch.bfloat16, "cuda")
 
 
+def test_other_sizes_than_the_kernels_were_tested_at_take_the_chunked_form() -> None:
+    assert all(has_kernels(*sizes) for sizes in ((64, 128), (128, 64), (32, 32)))
+    assert not any(has_kernels(*sizes) for sizes in ((64, 256), (48, 128), (128, 128), (64, 96)))
+
+
 def real_problem(
     length: int, width: int, d_state: int, groups: int, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -265,7 +270,6 @@ def real_problem(
         (1, 64, 128, 1),
         (130, 32, 32, 1),
         (200, 128, 64, 4),
-        (200, 48, 256, 1),
     ],
 )
 def test_kernels_equal_the_chunked_form_in_fp64(
