@@ -19,8 +19,8 @@ def limited(splits: Splits, *, train: int, validation: int, test: int) -> Splits
     def some(examples: list[Example], count: int) -> list[Example]:
         if not 0 < count < len(examples):
             return examples
-        last = sorted(example.rank() for example in examples)[count - 1]
-        return [example for example in examples if example.rank() <= last][:count]
+        lowest = sorted(range(len(examples)), key=lambda row: examples[row].rank())[:count]
+        return [examples[row] for row in sorted(lowest)]
 
     return Splits(
         some(splits.train, train),
