@@ -1,4 +1,4 @@
-"""Trains a tiny encoder-decoder as told by a JSON file, through the set-up of launch/train.py.
+"""Trains tiny models, mostly encoder-decoders, as a JSON file says, by launch/train.py's set-up.
 
     denoising_run.py SPEC.json     SPEC: a list of [arguments of the command, abandon_at]; the runs
                                    are trained one after another in one process group

@@ -24,12 +24,10 @@ TOKENIZER = "corpus/tokenizer.model"
 OLDER, NEWEST = "step_00000004", "step_00000008"
 
 # One step of hardly any size: what is tested then, and kept, is what training started from.
-WORDS = {
-    **{key: value for key, value in WORDS.items() if key != "tokenizer"},
-    "steps": "1",
-    "learning_rate": "1e-12",
-    "max_target_tokens": "6",
-}
+STILL = WORDS | {"steps": "1", "learning_rate": "1e-12", "max_target_tokens": "6"}
+del STILL["tokenizer"]  # a run knows its own
+
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +76,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(**changes: str) -> int:
-    return finetune.main([f"{key}={value}" for key, value in {**WORDS, **changes}.items()])
+    return finetune.main([f"{key}={value}" for key, value in {**STILL, **changes}.items()])
 
 
 def left(out: Path, seed: int = 0) -> tuple[list[str], dict[str, torch.Tensor], float]:
