@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data.tokenizer import EOS_ID
 from pretrain.finetuning.interface import PairLoss, Pairs
 from pretrain.finetuning.order import micro_batches
-from pretrain.finetuning.padding import longest_row, padded, to_device
+from pretrain.finetuning.padding import padded, room_for_input, to_device
 from pretrain.models import EncoderDecoder, LanguageModel
 from pretrain.models.layers import init_weights
 from pretrain.models.pooling import mean_over_tokens
@@ -51,7 +51,11 @@ class LabelClassifier(ABC):
 
     @abstractmethod
     def longest_input(self, target_tokens: int = 0) -> int:
-        """Most input tokens; 0: any number."""
+        """Most input tokens; 0: any number.
+
+        Raises:
+            ValueError: not one.
+        """
 
     @abstractmethod
     def _framed(self, one: np.ndarray) -> np.ndarray:
@@ -136,7 +140,7 @@ class LastTokenClassifier(LabelClassifier):
 
     def longest_input(self, target_tokens: int = 0) -> int:
         limit = self.model.longest_segment
-        return max(1, longest_row(limit) - 2) if limit else 0  # START and EOS
+        return room_for_input(limit) if limit else 0
 
     def _framed(self, one: np.ndarray) -> np.ndarray:
         return np.concatenate([[self.start_id], one, [EOS_ID]])

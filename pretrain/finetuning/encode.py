@@ -32,6 +32,9 @@ def limits_of(model: TrainableModel, max_input: int, target: int, *, truncate: b
         max_input: the user's, 0: none.
         target: longest target.
         truncate: see `Limits`.
+
+    Raises:
+        ValueError: the model takes no input beside the target.
     """
     both = [limit for limit in (max_input, model.longest_input(target)) if limit]
     return Limits(min(both, default=0), target, truncate)

@@ -57,7 +57,11 @@ class TrainableModel(Protocol):
     def module(self) -> nn.Module: ...
 
     def longest_input(self, target_tokens: int) -> int:
-        """Most input tokens beside a target of so many (EOS not counted); 0: any number."""
+        """Most input tokens beside a target of so many (EOS not counted); 0: any number.
+
+        Raises:
+            ValueError: none fits beside it.
+        """
         ...
 
     def n_targets(self, batch: Pairs) -> int:

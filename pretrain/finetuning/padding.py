@@ -24,9 +24,22 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(tokens), torch.from_numpy(np.arange(width) < lengths[:, None])
 
 
-def longest_row(limit: int) -> int:
-    """Tokens of the longest row that `padded` makes no longer than a model's limit."""
-    return limit // PAD_MULTIPLE * PAD_MULTIPLE
+def room_for_input(limit: int, target_tokens: int = 0) -> int:
+    """Tokens of the longest input beside START, EOS and a target, where `padded` makes the row no
+    longer than a model's limit.
+
+    Raises:
+        ValueError: there is no room for any.
+    """
+    room = limit // PAD_MULTIPLE * PAD_MULTIPLE - 2 - target_tokens
+    if room < 1:
+        cut = "lower max_target_tokens= with truncate=true, or " if target_tokens else ""
+        raise ValueError(
+            f"targets of {target_tokens:,} tokens leave no room for an input: the model takes "
+            f"{limit:,} tokens (train_length of its layers), START, EOS and padding to a multiple "
+            f"of {PAD_MULTIPLE} among them; {cut}choose a model that takes more"
+        )
+    return room
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

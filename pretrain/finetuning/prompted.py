@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.tokenizer import EOS_ID
 from pretrain.finetuning.interface import PairLoss, Pairs
-from pretrain.finetuning.padding import longest_row, padded, to_device
+from pretrain.finetuning.padding import padded, room_for_input, to_device
 from pretrain.mixers.base import index_state
 from pretrain.models import LanguageModel
 from pretrain.ops.cross_entropy import CrossEntropy
@@ -59,8 +59,8 @@ class PromptedLanguageModel:
 
     def longest_input(self, target_tokens: int) -> int:
         limit = self.module.longest_segment
-        # START, the separator and the target; nothing is read behind the target's last token.
-        return max(1, longest_row(limit) - 2 - target_tokens) if limit else 0
+        # Nothing is read behind the target's last token.
+        return room_for_input(limit, target_tokens) if limit else 0
 
     def n_targets(self, batch: Pairs) -> int:
         return sum(len(target) + 1 for target in batch.targets)

@@ -226,6 +226,27 @@ def test_bad_input_is_one_clear_line(words, tmp_path, capsys, monkeypatch):
     assert "nothing at 'nowhere.jsonl'" in told(train="nowhere.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("train_length", "changes", "told"),
+    [
+        (64, {"truncate": "true"}, "targets of 100 tokens leave no room for an input: the model"),
+        (64, {"truncate": "true", "max_target_tokens": "62"}, "targets of 62 tokens leave no room"),
+        (8, {"head": "classifier"}, "targets of 0 tokens leave no room"),
+    ],
+)
+def test_a_target_that_fills_the_model_is_refused_before_anything_is_written(
+    train_length, changes, told, words, tmp_path, capsys
+):
+    bst = f"filters: unstructured, train_length: {train_length}, chunk_size: 8, block_size: 8"
+    text = MODEL.replace("default: swa", "default: bst")
+    text = text.replace("swa: {n_heads: 2, window_size: 16}", f"bst: {{n_heads: 2, {bst}}}")
+    (tmp_path / "tiny.yaml").write_text(text)
+    rows = [{"text": "ab", "label": letter * 100} for letter in "ab" * 8]
+    train = str(write(tmp_path / "long.jsonl", rows))
+    assert told in complaint(capsys, words, train=train, **changes)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_keeps_its_settings(words, capsys):
     assert run(words) == 0
     assert "(steps was 4, is 5); choose another out=" in complaint(capsys, words, steps="5")

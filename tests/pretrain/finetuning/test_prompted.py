@@ -119,6 +119,9 @@ def test_layers_without_a_state_are_read_again_and_bound_the_input(bound):
     model = prompted(language, BOS_ID)
     assert isinstance(model, RereadingLanguageModel)
     assert model.longest_input(4) == 32 - 4 - 2
+    assert model.longest_input(29) == 1
+    with pytest.raises(ValueError, match="targets of 30 tokens leave no room for an input"):
+        model.longest_input(30)
     assert prompted(language_model("bst"), BOS_ID).longest_input(4) == 0
     # The longest that is allowed, to the last token of its target.
     longest = pairs(lengths=[(26, 4)])
