@@ -15,9 +15,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data.records import Record, read_records
 from evals.downstream.examples import Example
@@ -70,6 +71,17 @@ class Task:
             if not getattr(self, key):
                 word = {"tests": "test"}.get(key, key)
                 problems.append(f"{word}= is missing")
+        places = [("train", self.train), ("validation", self.validation), *self.tests.items()]
+        for key, place in places:
+            parts = place if isinstance(place, list) else [place]
+            if not all(isinstance(part, str) for part in parts):
+                problems.append(f"{key}={place} is no place; use a text or a list of texts")
+        for key in ("input", "target"):
+            template = getattr(self, key)
+            if template and not COLUMN.search(template):
+                problems.append(f"{key}={template} names no column; use {key}='{{COLUMN}}'")
+        if self.labels and self.target and not COLUMN.fullmatch(self.target):
+            problems.append(f"target={self.target} must be one column, '{{COLUMN}}', for labels")
         if not self.metrics:
             problems.append(f"metrics= is missing; choose from {', '.join(METRICS)}")
         for name in self.metrics:
@@ -78,7 +90,7 @@ class Task:
         kinds = {METRICS[name].kind for name in self.metrics if name in METRICS}
         if len(kinds) > 1:
             problems.append(f"metrics={','.join(self.metrics)} measure {' and '.join(kinds)}")
-        if not self.validation and not 0 < self.holdout < 1:
+        if not 0 < self.holdout < 1:
             problems.append(f"holdout={self.holdout:g} must lie between 0 and 1")
         if problems:
             raise ValueError(f"task={self.name}: {'; '.join(problems)}")
@@ -181,16 +193,8 @@ def open_task(
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(names)}"
         raise ValueError(f"task={name} is not known; {hint}")
-    content: dict[str, Any] = {}
-    if name != FROM_FILES:
-        content = _mapping(OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml")))
-    known = {item.name for item in fields(Task)} - {"name"}
-    if stray := sorted(set(content) - known):
-        raise ValueError(
-            f"task={name}: {folder / name}.yaml has {', '.join(stray)}, which no task has; "
-            f"use {', '.join(sorted(known))}"
-        )
-    task = replace(Task(name, **content), **(overrides or {}))
+    task = Task(name) if name == FROM_FILES else _load(name, folder / f"{name}.yaml")
+    task = replace(task, **(overrides or {}))
     if "{source}" in str([task.train, task.validation, task.tests]) and not source:
         raise ValueError(
             f"task={name}: source= is missing: the folder that holds "
@@ -205,9 +209,30 @@ def open_task(
     )
 
 
-def _mapping(content: Any) -> dict[str, Any]:
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+def _load(name: str, path: Path) -> Task:
+    """What a task's file says, each value of the type that `Task` states."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # a YAML syntax error, whatever the parser calls it
+        reason = " ".join(str(error).split())
+        raise ValueError(f"task={name}: {path} is not valid YAML ({reason}); mend it") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"task={name}: {path} must be a mapping of keys to values")
+    schema = OmegaConf.structured(Task(name))
+    OmegaConf.set_readonly(schema, False)  # which it is as a frozen dataclass
+    known = [item.name for item in fields(Task) if item.name != "name"]
+    problems = []
+    for key, value in content.items():
+        if key not in known:
+            problems.append(f"{key!r} is in no task; use {', '.join(known)}")
+            continue
+        try:
+            OmegaConf.update(schema, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key}={value}: {str(error).splitlines()[0]}")
+    if problems:
+        raise ValueError(f"task={name}: {path}: {'; '.join(problems)}")
+    return cast(Task, OmegaConf.to_object(schema))
 
 
 def _placed(place: Any, source: str) -> Any:

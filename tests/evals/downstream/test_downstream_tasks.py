@@ -1,6 +1,7 @@
 """Rows become examples as the task says, and what is missing is named."""
 
 import json
+import re
 
 import pytest
 
@@ -125,3 +126,42 @@ def test_everything_that_is_missing_is_said_at_once():
         open_task("jsonl", overrides={**WORDS, "metrics": ["accuracy", "rougeL"]})
     with pytest.raises(ValueError, match=r"task=banking77: source= is missing"):
         open_task("banking77")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[train, test]", "must be a mapping of keys to values"),
+        ("tests: [", "is not valid YAML (while parsing"),
+        ("tests: test.jsonl", "tests=test.jsonl: Cannot assign str to Dict[str, Any]"),
+        ("tests: {test: 3}", "test=3 is no place; use a text or a list of texts"),
+        ("train: {a: b}", "train={'a': 'b'} is no place"),
+        ("input: 3", "input=3 names no column; use input='{COLUMN}'"),
+        ("input: [text]", "input=['text']: Cannot convert 'list' to string"),
+        ("labels: [a, b]", "labels=['a', 'b']: "),
+        ("labels: {0: [a]}", "labels={0: ['a']}: Cannot convert 'list' to string"),
+        ("target: '{text} {label}'", "target={text} {label} must be one column, '{COLUMN}', for"),
+        ("target: label", "target=label must be one column"),
+        ("metrics: accuracy", "metrics=accuracy: Invalid value assigned: str is not a ListConfig"),
+        ("holdout: much", "holdout=much: Value 'much' of type 'str' could not be converted"),
+        ("validaton: a", "'validaton' is in no task; use train, validation"),
+    ],
+)
+def test_a_malformed_task_file_is_one_line_that_names_the_key(text, told, tmp_path):
+    whole = {
+        "train": "a.jsonl",
+        "validation": "b.jsonl",
+        "tests": "{test: c.jsonl}",
+        "input": "'{text}'",
+        "target": "'{label}'",
+        "labels": "{0: a, 1: b}",
+        "metrics": "[accuracy]",
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in whole.items()))
+    assert open_task("mine", folder=tmp_path).labels == {0: "a", 1: "b"}
+    kept = [f"{key}: {value}" for key, value in whole.items() if not text.startswith(f"{key}:")]
+    path.write_text(text if text.startswith("[") else "\n".join([*kept, text]))
+    with pytest.raises(ValueError, match=f"^task=mine: .*{re.escape(told)}.*$") as raised:
+        open_task("mine", folder=tmp_path)
+    assert "\n" not in str(raised.value)
