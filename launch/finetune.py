@@ -272,7 +272,15 @@ def claim(plan: Plan, held: ExitStack) -> list[int]:
         f"out={plan.out}: another fine-tuning is writing there; wait for it, or choose another out="
     )
     held.enter_context(lock_folder(plan.out, taken))
-    check_settings(plan.out, plan.arguments, plan.task, plan.labels, plan.start, plan.precision)
+    check_settings(
+        plan.out,
+        plan.arguments,
+        plan.task,
+        plan.labels,
+        plan.splits,
+        plan.start,
+        plan.precision,
+    )
     print(plan.description, flush=True)
     for test, examples in plan.splits.tests.items():
         for name, texts in baselines(plan.task.kind, plan.splits.train, examples).items():

@@ -105,8 +105,7 @@ class EncodedTask:
             longest = max_target or max(map(len, targets))
         limits = limits_of(model, max_input, longest, truncate=truncate)
         inputs, cut = {}, {}
-        parts = {"train": splits.train, "validation": splits.validation, **splits.tests}
-        for split, examples in parts.items():
+        for split, examples in splits.named().items():
             inputs[split], n = encode(
                 [example.input for example in examples],
                 tokenizer,

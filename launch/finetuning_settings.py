@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evals.downstream import outputs
-from evals.downstream.tasks import Task
+from evals.downstream.examples import digest
+from evals.downstream.tasks import Splits, Task
 from pretrain.finetuning.starting_point import StartingPoint, from_run, untrained, with_defaults
 from pretrain.finetuning.train import TrainOptions
 from pretrain.training.manifest import write_json
@@ -129,6 +130,7 @@ def check_settings(
     arguments: FinetuneArguments,
     task: Task,
     labels: list[str],
+    splits: Splits,
     start: StartingPoint,
     precision: str,
 ) -> None:
@@ -142,27 +144,37 @@ def check_settings(
         "arguments": {**asked, "precision": precision},
         "task": {key: value for key, value in asdict(task).items() if key != "labels"},
         "labels": labels,
+        "examples": {split: digest(examples) for split, examples in splits.named().items()},
         "model": start.facts,
     }
     settings = json.loads(json.dumps(settings))
-    if not (out / outputs.SETTINGS).exists():
-        write_json(out / outputs.SETTINGS, settings)
-        return
-    before = outputs.read_settings(out)
+    if (out / outputs.SETTINGS).exists():
+        _compare(out, outputs.read_settings(out), settings)
+    write_json(out / outputs.SETTINGS, settings)
+
+
+def _compare(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: the two differ.
+    """
     # A key that came later had its default before it came.
-    before["arguments"] = {f.name: f.default for f in fields(arguments)} | before["arguments"]
+    before["arguments"] = asdict(FinetuneArguments()) | before["arguments"]
     before["model"]["config"] = with_defaults(before["model"]["config"])
+    before.setdefault("examples", settings["examples"])  # an older folder has no digests
     changed = {
         key: f"{key} was {before[part].get(key)!r}, is {value!r}"
         for part in ("model", "task", "arguments")
         for key, value in settings[part].items()
         if before[part].get(key) != value
     }
-    if before["labels"] != labels:
-        differ = sorted(set(before["labels"]) ^ set(labels)) or labels
+    if before["labels"] != settings["labels"]:
+        differ = sorted({*before["labels"]} ^ {*settings["labels"]}) or settings["labels"]
         changed["labels"] = f"labels are others, e.g. {differ[0]!r}"
     if "config" in changed:
         changed["config"] = "another model configuration"
+    for split, found in settings["examples"].items():
+        if before["examples"].get(split) != found:
+            changed[f"{split} examples"] = f"{split} examples are others"
     if changed:
         raise ValueError(
             f"out={out} holds a fine-tuning with other settings "

@@ -64,7 +64,7 @@ def collect(out: Path) -> tuple[list[Outputs], Outputs, dict[str, list[Example]]
     """The baselines, the model's outputs over its finished seeds, and the examples of each test.
 
     Raises:
-        ValueError: no seed is finished.
+        ValueError: no seed is finished, or two are of other test examples.
     """
     seeds = sorted(path.parent for path in out.glob(f"seed_*/{RESULT}"))
     if not seeds:
@@ -76,7 +76,16 @@ def collect(out: Path) -> tuple[list[Outputs], Outputs, dict[str, list[Example]]
         Outputs(folder.name, {test: [read(folder / f"{test}.jsonl")[0]] for test in examples})
         for folder in sorted(out.glob("baselines/*"))
     ]
-    tests = {test: [read(seed / f"{test}.jsonl")[0] for seed in seeds] for test in examples}
+    tests: dict[str, list[list[str]]] = {test: [] for test in names}
+    for seed in seeds:
+        for test in names:
+            texts, theirs = read(seed / f"{test}.jsonl")
+            if theirs != examples[test]:
+                raise ValueError(
+                    f"{seed}: its {test} examples are not those of {seeds[0]}; remove one of the "
+                    f"two folders and run its command again"
+                )
+            tests[test].append(texts)
     head = settings["arguments"].get("head", "text")
     name = out.name if head == "text" else f"{out.name} (head: {head})"
     return baselines, Outputs(name, tests), examples

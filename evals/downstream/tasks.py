@@ -38,6 +38,10 @@ class Splits:
     validation: list[Example]
     tests: dict[str, list[Example]]
 
+    def named(self) -> dict[str, list[Example]]:
+        """All of them by name; `Task.check` keeps tests from the names of the other two."""
+        return {"train": self.train, "validation": self.validation, **self.tests}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -71,6 +75,8 @@ class Task:
             if not getattr(self, key):
                 word = {"tests": "test"}.get(key, key)
                 problems.append(f"{word}= is missing")
+        for name in {"train", "validation"} & self.tests.keys():
+            problems.append(f"tests={name} is the name of another split; choose another")
         places = [("train", self.train), ("validation", self.validation), *self.tests.items()]
         for key, place in places:
             parts = place if isinstance(place, list) else [place]

@@ -253,14 +253,30 @@ def test_a_folder_keeps_its_settings(words, capsys):
     assert "(head was 'text', is 'classifier')" in complaint(capsys, words, head="classifier")
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_folder_keeps_its_examples(split, words, tmp_path, capsys):
+    assert run(words, steps="1") == 0
+    path = tmp_path / f"{split}.jsonl"
+    kept = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    path.write_text(path.read_text().replace('"text": "', '"text": "y'))
+    told = complaint(capsys, words, steps="1", seeds="2")
+    assert f"other settings ({split} examples are others); choose another out=" in told
+    assert kept == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
 def test_a_folder_from_before_a_key_goes_on_with_its_default(words, tmp_path, capsys):
     assert run(words) == 0
     settings = outputs.read_settings(tmp_path / "out")
-    del settings["arguments"]["head"]
+    del settings["arguments"]["head"], settings["examples"]
     del settings["model"]["config"]["residual_in_fp32"]
     (tmp_path / "out/settings.json").write_text(json.dumps(settings))
     assert run(words, seeds="2") == 0
+    assert len(outputs.read_settings(tmp_path / "out")["examples"]) == 3
     assert "(head was 'text', is 'classifier')" in complaint(capsys, words, head="classifier")
+    texts, examples = outputs.read(tmp_path / "out/seed_1/test.jsonl")
+    outputs.write(tmp_path / "out/seed_1", "test", texts[1:], examples[1:])
+    told = complaint(capsys, words, seeds="2")
+    assert "out/seed_1: its test examples are not those of out/seed_0; remove one" in told
 
 
 @pytest.mark.parametrize("model", ["tiny.yaml", "both.yaml"])

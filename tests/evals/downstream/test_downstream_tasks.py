@@ -135,6 +135,7 @@ def test_everything_that_is_missing_is_said_at_once():
         ("tests: [", "is not valid YAML (while parsing"),
         ("tests: test.jsonl", "tests=test.jsonl: Cannot assign str to Dict[str, Any]"),
         ("tests: {test: 3}", "test=3 is no place; use a text or a list of texts"),
+        ("tests: {train: t.jsonl}", "tests=train is the name of another split"),
         ("train: {a: b}", "train={'a': 'b'} is no place"),
         ("input: 3", "input=3 names no column; use input='{COLUMN}'"),
         ("input: [text]", "input=['text']: Cannot convert 'list' to string"),
