@@ -281,6 +281,8 @@ def claim(plan: Plan, held: ExitStack) -> list[int]:
         plan.start,
         plan.precision,
     )
+    for note in plan.start.passed_over:
+        print(f"passed over: {note}")
     print(plan.description, flush=True)
     for test, examples in plan.splits.tests.items():
         for name, texts in baselines(plan.task.kind, plan.splits.train, examples).items():

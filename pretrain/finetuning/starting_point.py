@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ class StartingPoint:
         tokenizer: the model's.
         start_id: what stood before documents in a language model's pretraining.
         facts: for settings.json: which checkpoint, which tokenizer.
+        passed_over: a line for every newer checkpoint of the run that is not complete.
     """
 
     config: LanguageModelConfig
@@ -43,6 +44,7 @@ class StartingPoint:
     tokenizer: Tokenizer
     start_id: int
     facts: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
 
     def build(self, seed: int, device: torch.device, *, autocast: bool) -> PairModel:
         """A fresh model that writes; the seed is that of random weights.
@@ -111,7 +113,8 @@ def from_run(
     facts = {"run": str(run), "checkpoint": Path(checkpoint["path"]).name}
     if dropout is not None:
         config.model.dropout = dropout
-    return _starting_point(config.model, weights, found, start, facts)
+    point = _starting_point(config.model, weights, found, start, facts)
+    return replace(point, passed_over=tuple(checkpoint["passed_over"]))
 
 
 def untrained(words: list[str], tokenizer: str, dropout: float | None) -> StartingPoint:

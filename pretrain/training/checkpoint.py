@@ -154,7 +154,7 @@ def start_with(model: nn.Module, run_dir: Path, world: World, tokenizer: str) ->
             raise ValueError(
                 f"train.init_from={run_dir}: no such folder; use a run directory such as runs/NAME"
             )
-        path = find_checkpoint(run_dir)
+        path, _ = find_checkpoint(run_dir)
         training = json.loads((path / "training.json").read_text(encoding="utf-8"))
         _check_model(path, training["shapes"], tensor_shapes(model))
         if training["tokenizer"] != tokenizer:

@@ -65,30 +65,32 @@ def load_any_model(
 
     Returns:
         The model in fp32 on the CPU in eval mode, the configuration it was trained with, and the
-        contents of the checkpoint's training.json, with `path` added.
+        contents of the checkpoint's training.json, with its `path` added, and `passed_over`: a line
+        for every newer one that is not complete.
 
     Raises:
         CheckpointError: when the checkpoint is missing or damaged.
     """
-    path = find_checkpoint(run_dir, tag)
+    path, passed_over = find_checkpoint(run_dir, tag)
     config = load_saved_config(path / "config.yaml")
     model = build_model(config.model)
     model.load_state_dict(load_weights(path))
     info = json.loads((path / "training.json").read_text(encoding="utf-8"))
-    return model.eval(), config, {**info, "path": str(path)}
+    return model.eval(), config, {**info, "path": str(path), "passed_over": passed_over}
 
 
-def find_checkpoint(run_dir: Path, tag: str = "latest") -> Path:
-    """A checkpoint's folder; arguments and errors of `load_any_model`."""
+def find_checkpoint(run_dir: Path, tag: str = "latest") -> tuple[Path, list[str]]:
+    """A checkpoint's folder, and a line for every newer one that is not complete; arguments and
+    errors of `load_any_model`."""
     root = Path(run_dir) / "checkpoints"
     if tag == "latest":
         path, passed_over = manifest.newest_complete(root)
         if path is None:
             reasons = "; ".join(passed_over) or "the folder is empty or missing"
             raise CheckpointError(f"run={run_dir}: no complete checkpoint in {root}: {reasons}")
-        return path
+        return path, passed_over
     problem = manifest.problem_of(root / tag)
     if problem:
         names = ", ".join(saved.path.name for saved in manifest.saved_checkpoints(root))
         raise CheckpointError(f"{root / tag}: {problem}; there are: {names or 'none'}")
-    return root / tag
+    return root / tag, []

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from data.folder_lock import lock_folder
+from data.tokenizer import BytesTokenizer
 from evals.downstream import outputs
 from launch import finetune
+from pretrain.config import load_config, save_config
 from pretrain.finetuning.ranks import Ranks
+from pretrain.models import build_model
+from pretrain.training.manifest import content_files, file_entries
 from tests.launch.last_letter import ENCODER_DECODER, MODEL, WORDS, write, write_examples
 
 
@@ -245,6 +249,27 @@ def test_a_target_that_fills_the_model_is_refused_before_anything_is_written(
     train = str(write(tmp_path / "long.jsonl", rows))
     assert told in complaint(capsys, words, train=train, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_said_to_be_passed_over(words, tmp_path, capsys):
+    config = load_config([f"model={words['model']}"])
+    config.model.vocab_size = BytesTokenizer().vocab_size
+    for step in (1, 2):
+        checkpoint = tmp_path / f"run/checkpoints/step_0000000{step}"
+        (checkpoint / "deepspeed").mkdir(parents=True)
+        save_config(config, checkpoint / "config.yaml")
+        weights = {"module": build_model(config.model).state_dict()}
+        torch.save(weights, checkpoint / "deepspeed/mp_rank_00_model_states.pt")
+        torch.save({}, checkpoint / "buffers.pt")
+        facts = {"zero_stage": 1, "tokenizer": BytesTokenizer().sha256}
+        (checkpoint / "training.json").write_text(json.dumps(facts))
+        files = file_entries(checkpoint, content_files(checkpoint))
+        (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
+    (checkpoint / "buffers.pt").write_text("damaged")
+    assert run(words, model="", run="run", steps="1") == 0
+    passed_over = "passed over: step_00000002 is not complete: buffers.pt has 7 bytes"
+    assert capsys.readouterr().out.startswith(passed_over)
+    assert outputs.read_settings(tmp_path / "out")["model"]["checkpoint"] == "step_00000001"
 
 
 def test_a_folder_keeps_its_settings(words, capsys):
