@@ -1,6 +1,7 @@
 """What a fine-tuning is asked for: its words, and that its folder keeps to them."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -186,13 +187,16 @@ def train_options(arguments: FinetuneArguments, n_train: int) -> TrainOptions:
     """How it is trained, on so many examples.
 
     Raises:
-        ValueError: they are less than a batch, or the epochs less than a step.
+        ValueError: they are less than a batch, the epochs less than a step, or an option is outside
+            its range.
     """
     if n_train < arguments.batch_size:
         raise ValueError(
             f"batch_size={arguments.batch_size} is more than the {n_train} training examples"
         )
     per_epoch = n_train // arguments.batch_size
+    if not 0 < arguments.epochs < math.inf:
+        raise ValueError(f"epochs={arguments.epochs:g} must be a positive number")
     steps = arguments.steps or round(arguments.epochs * per_epoch)
     if steps < 1:
         raise ValueError(f"epochs={arguments.epochs:g} are less than a step; raise them")

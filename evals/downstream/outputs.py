@@ -25,10 +25,12 @@ class Outputs:
     Attributes:
         name: of the row in tables.
         tests: by name of test, per seed, per example.
+        diverged: per seed, whether its training ended at a loss that is no number.
     """
 
     name: str
     tests: dict[str, list[list[str]]]
+    diverged: list[bool]
 
 
 def write(folder: Path, test: str, predictions: Sequence[str], examples: Sequence[Example]) -> None:
@@ -73,7 +75,7 @@ def collect(out: Path) -> tuple[list[Outputs], Outputs, dict[str, list[Example]]
     names = settings["task"]["tests"]
     examples = {test: read(seeds[0] / f"{test}.jsonl")[1] for test in names}
     baselines = [
-        Outputs(folder.name, {test: [read(folder / f"{test}.jsonl")[0]] for test in examples})
+        Outputs(folder.name, {test: [read(folder / f"{test}.jsonl")[0]] for test in names}, [False])
         for folder in sorted(out.glob("baselines/*"))
     ]
     tests: dict[str, list[list[str]]] = {test: [] for test in names}
@@ -86,6 +88,7 @@ def collect(out: Path) -> tuple[list[Outputs], Outputs, dict[str, list[Example]]
                     f"two folders and run its command again"
                 )
             tests[test].append(texts)
+    diverged = [json.loads((seed / RESULT).read_text())["diverged"] for seed in seeds]
     head = settings["arguments"].get("head", "text")
     name = out.name if head == "text" else f"{out.name} (head: {head})"
-    return baselines, Outputs(name, tests), examples
+    return baselines, Outputs(name, tests, diverged), examples

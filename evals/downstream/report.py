@@ -22,6 +22,8 @@ from evals.downstream.outputs import Outputs, collect, read_settings
 from evals.downstream.rouge import MEASURES, SPLITTER
 from evals.stats import welch
 
+DIVERGED = " diverged"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -102,7 +104,7 @@ def records(comparison: Comparison, workers: int = 1) -> list[dict[str, Any]]:
         scores = {row.name: list(islice(scored, len(row.tests[test]))) for row in comparison.rows}
         for row in comparison.rows:
             found.append({"task": comparison.task, "test": test, "model": row.name})
-            found[-1] |= _record(comparison, scores, row.name, len(examples))
+            found[-1] |= _record(comparison, scores, row, len(examples))
     return found
 
 
@@ -113,9 +115,9 @@ def _scores(
 
 
 def _record(
-    comparison: Comparison, scores: dict[str, list[dict[str, np.ndarray]]], name: str, n: int
+    comparison: Comparison, scores: dict[str, list[dict[str, np.ndarray]]], row: Outputs, n: int
 ) -> dict[str, Any]:
-    ours, theirs = scores[name], scores[comparison.baseline]
+    ours, theirs = scores[row.name], scores[comparison.baseline]
     first = comparison.metrics[0]
 
     def each_seed(seeds: list[dict[str, np.ndarray]]) -> list[float]:
@@ -128,8 +130,9 @@ def _record(
             for metric in ours[0]
         },
         "per_seed": each_seed(ours),
+        "diverged": row.diverged,
     }
-    if name != comparison.baseline:
+    if row.name != comparison.baseline:
         gap = difference(first, [seed[first] for seed in ours], [seed[first] for seed in theirs])
         over_seeds = welch(each_seed(ours), each_seed(theirs))
         record["difference"] = {"over": comparison.baseline, **gap._asdict(), "seeds": over_seeds}
@@ -175,9 +178,10 @@ def overview(found: Sequence[dict[str, Any]], comparisons: Sequence[Comparison])
 
 def _overview_cell(record: dict[str, Any], metric: str) -> str:
     value, gap = record["metrics"][metric]["value"], record.get("difference")
+    shown = f"{value:.1f}{DIVERGED * any(record['diverged'])}"
     if gap is None:
-        return f"{value:.1f}"
-    cell = f"{value:.1f} ({gap['value']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}])"
+        return shown
+    cell = f"{shown} ({gap['value']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}])"
     return f"**{cell}**" if gap["low"] > 0 or gap["high"] < 0 else cell
 
 
@@ -202,7 +206,8 @@ def markdown(found: Sequence[dict[str, Any]], comparison: Comparison) -> str:
                 cells.append(
                     f"{value:.1f}" if metric == INVALID else f"{value:.1f} [{low:.1f}, {high:.1f}]"
                 )
-            cells.append(", ".join(f"{score:.1f}" for score in record["per_seed"]))
+            seeds = zip(record["per_seed"], record["diverged"], strict=True)
+            cells.append(", ".join(f"{score:.1f}{DIVERGED * lost}" for score, lost in seeds))
             gap = record.get("difference")
             if gap is None:
                 cells += ["", ""]

@@ -7,6 +7,7 @@ best finished text any more: log-probabilities only fall, and n is at most `max_
 Shapes: B examples, K beams, V vocabulary; lane b K + k is beam k of example b.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class GenerationOptions:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.lanes < self.beams:
             raise ValueError(f"lanes={self.lanes}: one example needs beams={self.beams}; raise it")
-        if self.length_penalty < 0:
-            raise ValueError(f"length_penalty={self.length_penalty:g} must not be negative")
+        if not 0 <= self.length_penalty < math.inf:
+            raise ValueError(f"length_penalty={self.length_penalty:g} must be at least 0")
         if self.no_repeat_ngram_size < 0:
             raise ValueError(
                 f"no_repeat_ngram_size={self.no_repeat_ngram_size} must not be negative; 0 allows "

@@ -57,6 +57,16 @@ class TrainOptions:
     warmup_fraction: float = 0.05
     micro_batch_tokens: int = 65536
 
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate:g} must be a positive number")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay:g} must be at least 0")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"warmup_fraction={self.warmup_fraction:g} must lie between 0 and 1")
+        if self.micro_batch_tokens < 1:
+            raise ValueError(f"micro_batch_tokens={self.micro_batch_tokens} must be at least 1")
+
 
 def train(
     model: TrainableModel,
@@ -82,8 +92,8 @@ def train(
 
     Returns:
         `validation`, the best score, None if training diverged before; `step` that had it; `steps`
-        taken; `diverged`; `history` of the looks; `seconds` and `tokens` read since the last
-        interruption.
+        taken; `diverged`; `history` of the looks, the loss None where it is no number; `seconds`
+        and `tokens` read since the last interruption.
 
     Raises:
         ValueError: fewer training examples than a batch.
@@ -99,7 +109,7 @@ def train(
     schedule = ScheduleConfig(type="cosine", warmup_fraction=options.warmup_fraction)
     groups = parameter_groups(model.module, optim)
     optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     best: dict[str, Any] = {"validation": -math.inf, "step": 0}
     done, worse = 0, 0
     if progress.exists():
@@ -124,6 +134,7 @@ def train(
         history.append({"step": step, "loss": loss.item(), "validation": validate()})
         report(history[-1])
         if not math.isfinite(history[-1]["loss"]):
+            history[-1]["loss"] = None  # JSON has no NaN
             break
         worse += 1
         if history[-1]["validation"] > best["validation"]:
@@ -144,8 +155,8 @@ def train(
     return {
         "validation": best["validation"] if "weights" in best else None,
         "step": best["step"],
-        "steps": int(history[-1]["step"]),
-        "diverged": not math.isfinite(history[-1]["loss"]),
+        "steps": history[-1]["step"],
+        "diverged": history[-1]["loss"] is None,
         "history": history,
         "seconds": round(time.perf_counter() - began, 1),
         "tokens": sum(ranks.gather(tokens)),

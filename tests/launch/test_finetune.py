@@ -1,6 +1,7 @@
 """The command end to end on a task that can be learned, its table, its resumption, its errors."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -214,6 +215,13 @@ def test_bad_input_is_one_clear_line(words, tmp_path, capsys, monkeypatch):
     )
     assert "patience=0 must be at least 1" in told(patience="0")
     assert "batch_size=0 must be at least 1" in told(batch_size="0")
+    assert "learning_rate=-1 must be a positive number" in told(learning_rate="-1")
+    assert "learning_rate=nan must be a positive number" in told(learning_rate="nan")
+    assert "weight_decay=-1 must be at least 0" in told(weight_decay="-1")
+    assert "warmup_fraction=3 must lie between 0 and 1" in told(warmup_fraction="3")
+    assert "micro_batch_tokens=0 must be at least 1" in told(micro_batch_tokens="0")
+    assert "epochs=inf must be a positive number" in told(epochs="inf")
+    assert "length_penalty=nan must be at least 0" in told(length_penalty="nan")
     assert "head=linear is not known; use text or classifier" in told(head="linear")
     assert "task=stsb is a regression (spearman, pearson)" in told(
         head="classifier", task="stsb", train="", test="", input_field="", metrics=""
@@ -270,6 +278,18 @@ def test_a_damaged_newest_checkpoint_is_said_to_be_passed_over(words, tmp_path, 
     passed_over = "passed over: step_00000002 is not complete: buffers.pt has 7 bytes"
     assert capsys.readouterr().out.startswith(passed_over)
     assert outputs.read_settings(tmp_path / "out")["model"]["checkpoint"] == "step_00000001"
+
+
+def test_a_training_that_diverged_is_marked_and_its_result_is_json(words, tmp_path, capsys):
+    assert run(words, learning_rate="1e30") == 0
+    assert re.search(r"\| out \|.*\| \d+\.\d diverged \|", capsys.readouterr().out)
+    text = (tmp_path / "out/seed_0/result.json").read_text()
+    result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert result["history"][-1]["loss"] is None
+    other = {"task": "banking77", "metrics": "rougeL", "steps": "1"}
+    assert run(words, out="other", **other) == 0
+    assert finetune.main(["table", "out", "other"]) == 0
+    assert re.search(r"\| jsonl \|.*\d\.\d diverged", capsys.readouterr().out)
 
 
 def test_a_folder_keeps_its_settings(words, capsys):
