@@ -41,6 +41,7 @@ from evals.downstream.tasks import Splits, Task, open_task
 from launch.finetuning_data import EncodedTask, labels_of, limited
 from launch.finetuning_settings import (
     FinetuneArguments,
+    check_folder,
     check_head,
     check_settings,
     overrides,
@@ -157,6 +158,7 @@ def show(folders: list[Path], arguments: TableArguments) -> None:
     """Prints the table of several fine-tunings, and writes it where `out` says."""
     if not folders:
         raise ValueError("table needs folders; use table runs/A runs/B out=runs/compared")
+    check_folder(arguments.out)
     comparisons = [report.compare(group, arguments.baseline) for group in report.by_task(folders)]
     found = [report.records(comparison, arguments.workers) for comparison in comparisons]
     records = [record for part in found for record in part]

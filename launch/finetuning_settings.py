@@ -64,6 +64,14 @@ class FinetuneArguments:
 FREE = ("out", "seeds", "device", "lanes", "tokenizer")
 
 
+def check_folder(out: str) -> None:
+    """Raises:
+    ValueError: it is a file.
+    """
+    if Path(out).is_file():
+        raise ValueError(f"out={out} is a file; name a folder")
+
+
 def check_head(arguments: FinetuneArguments, task: Task) -> None:
     """Raises:
     ValueError: the head is not known, or is not for this task.
@@ -111,6 +119,7 @@ def starting_point(arguments: FinetuneArguments, model_words: list[str]) -> Star
         raise ValueError("give run=runs/NAME, or model=NAME tokenizer=FILE for an untrained model")
     if not arguments.out:
         raise ValueError("out= is missing; use out=runs/NAME_TASK")
+    check_folder(arguments.out)
     if arguments.init not in ("pretrained", "random"):
         raise ValueError(f"init={arguments.init} is not known; use pretrained or random")
     if not arguments.run:
@@ -135,7 +144,7 @@ def check_settings(
     start: StartingPoint,
     precision: str,
 ) -> None:
-    """Writes settings.json, or compares with the one that is there.
+    """Compares with the settings.json that is there, and writes it.
 
     Raises:
         ValueError: the folder holds a fine-tuning with other settings.

@@ -15,15 +15,19 @@ def parse(kind: type, words: list[str]) -> Any:
     be None by default.
 
     Raises:
-        ValueError: a word is no key=value, its key is not known, or its value has the wrong type.
+        ValueError: a word is no key=value, its key is not known (with its closest match), or its
+            value has the wrong type.
     """
     known = {field.name: field for field in fields(kind)}
+    all_keys = ", ".join(known)
     values: dict[str, Any] = {}
     problems = []
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
-            problems.append(f"{word}: not known; use KEY=VALUE with {', '.join(known)}")
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}=?" if close else f"use KEY=VALUE with {all_keys}"
+            problems.append(f"{word}: not known; {hint}")
         elif known[key].type is bool:
             values[key] = text == "true"
             if text not in ("true", "false"):

@@ -111,7 +111,8 @@ class Task:
             patience: seconds to wait for a hub that is away.
 
         Raises:
-            ValueError: a row lacks a column or has an unknown label, or a split is empty.
+            ValueError: a row lacks a column, has an unknown label or no text that can be encoded,
+                or a split is empty.
         """
         train = list(self._examples("train", self.train, patience))
         if self.validation:
@@ -136,9 +137,18 @@ class Task:
 
     def _examples(self, split: str, place: Any, patience: float) -> Iterator[Example]:
         for record in read_records(place, patience):
-            yield Example(
+            example = Example(
                 record.where, "\n".join(self._fill(self.input, record, "input")), self._goal(record)
             )
+            try:
+                "".join([example.input, *example.references]).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise ValueError(
+                    f"task={self.name}: {record.where} has {half!r}, half of a surrogate pair, "
+                    f"which no encoding accepts; mend the row"
+                ) from None
+            yield example
 
     def _goal(self, record: Record) -> tuple[str, ...]:
         if not self.labels:

@@ -26,6 +26,7 @@ from pretrain.dealing import deal
 from pretrain.finetuning.interface import Pairs, TrainableModel
 from pretrain.finetuning.order import batches, micro_batches
 from pretrain.finetuning.ranks import Ranks
+from pretrain.training.manifest import CheckpointError
 from pretrain.training.optim import parameter_groups, schedule_factor
 from pretrain.training.random_state import step_seed
 
@@ -97,7 +98,7 @@ def train(
 
     Raises:
         ValueError: fewer training examples than a batch.
-        SharedError: rank 0 cannot write `progress`.
+        SharedError: `progress` cannot be read, or rank 0 cannot write it.
         RankLost: another rank failed.
     """
     began, tokens = time.perf_counter(), 0
@@ -113,7 +114,7 @@ def train(
     best: dict[str, Any] = {"validation": -math.inf, "step": 0}
     done, worse = 0, 0
     if progress.exists():
-        saved = torch.load(progress, map_location=model.device, weights_only=True)
+        saved = ranks.everywhere(lambda: _load(progress, model.device))
         model.module.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         done, worse = saved["step"], saved["worse"]
@@ -161,6 +162,17 @@ def train(
         "seconds": round(time.perf_counter() - began, 1),
         "tokens": sum(ranks.gather(tokens)),
     }
+
+
+def _load(progress: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        return torch.load(progress, map_location=device, weights_only=True)
+    except Exception as error:  # of many kinds, by where the damage is
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{progress}: cannot be read ({reason}); if it is damaged, delete it, and this seed "
+            f"begins anew"
+        ) from error
 
 
 def replace_file(path: Path, content: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ def test_the_benchmark_prints_its_tables(
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("tokns=1", "tokns=1: not known; use KEY=VALUE with tokens, threads, seconds"),
+        ("tokns=1", "tokns=1: not known; did you mean tokens=?"),
         ("seconds=soon", "seconds=soon: must be a number"),
         ("threads=1,x", "threads=1,x: must be whole numbers with commas between"),
     ],

@@ -49,7 +49,7 @@ def test_a_pyarrow_without_zstd_is_noticed_before_anything_starts(
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("form=jsonl", "form=jsonl: not known; use KEY=VALUE with text, workers"),
+        ("form=jsonl", "form=jsonl: not known; did you mean forms=?"),
         ("forms=csv", "forms=csv: unknown; known: jsonl, jsonl.gz"),
         ("workers=many", "workers=many: must be whole numbers with commas between, e.g. 1,2,4"),
         ("megabytes=much", "megabytes=much: must be a number"),

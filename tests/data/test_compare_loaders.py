@@ -73,7 +73,7 @@ def test_the_table_names_what_is_not_installed(corpus: Corpus) -> None:
     [
         ([], "corpus: missing"),
         (["corpus=nowhere"], "corpus nowhere: no manifest.json"),
-        (["corpsu=x"], "corpsu=x: not known; use KEY=VALUE with corpus, split"),
+        (["corpsu=x"], "corpsu=x: not known; did you mean corpus=?"),
         (["batch=many"], "batch=many: "),
     ],
 )

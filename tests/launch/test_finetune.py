@@ -204,6 +204,8 @@ def test_bad_input_is_one_clear_line(words, tmp_path, capsys, monkeypatch):
     assert "the validation split (empty.jsonl) has no example" in told(validation="empty.jsonl")
     assert "have more than 3 tokens, the longest 6; truncate=true" in told(max_input_tokens="3")
     assert "input_field= say the same" in told(input="{text}")
+    assert "bach_size=3: not known; did you mean batch_size=?\n" in told(bach_size="3")
+    assert "out=test.jsonl is a file; name a folder" in told(out="test.jsonl")
     assert "tokenizer= is missing" in told(tokenizer="")
     assert "give run=runs/NAME, or model=NAME" in told(model="")
     assert "run=nowhere: no such folder" in told(model="", run="nowhere")
@@ -292,6 +294,38 @@ def test_a_training_that_diverged_is_marked_and_its_result_is_json(words, tmp_pa
     assert re.search(r"\| jsonl \|.*\d\.\d diverged", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("settings.json", "; restore it, or choose another out="),
+        ("seed_0/test.jsonl", "; delete out/seed_0 and run its command again"),
+        ("seed_0/result.json", "; delete out/seed_0 and run its command again"),
+    ],
+)
+def test_a_damaged_file_is_named(name, told, words, tmp_path, capsys):
+    assert run(words, steps="1") == 0
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[:-4])
+    error = complaint(capsys, words, steps="1")
+    assert error.startswith(f"error: out/{name}: damaged (")
+    assert error.endswith(f"{told}\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"PK\x03\x04damaged"])
+def test_a_damaged_progress_is_named_and_goes_with_its_file(content, words, tmp_path, capsys):
+    progress = tmp_path / "out/seed_0/progress.pt"
+    progress.parent.mkdir(parents=True)
+    progress.write_bytes(content)
+    assert run(words, steps="1") == finetune.FAILED
+    error = capsys.readouterr().err
+    assert error.startswith("error: out/seed_0/progress.pt: cannot be read (")
+    assert error.endswith("; if it is damaged, delete it, and this seed begins anew\n")
+    assert error.count("\n") == 1
+    progress.unlink()
+    assert run(words, steps="1") == 0
+
+
 def test_a_folder_keeps_its_settings(words, capsys):
     assert run(words) == 0
     assert "(steps was 4, is 5); choose another out=" in complaint(capsys, words, steps="5")
@@ -321,7 +355,7 @@ def test_a_folder_from_before_a_key_goes_on_with_its_default(words, tmp_path, ca
     texts, examples = outputs.read(tmp_path / "out/seed_1/test.jsonl")
     outputs.write(tmp_path / "out/seed_1", "test", texts[1:], examples[1:])
     told = complaint(capsys, words, seeds="2")
-    assert "out/seed_1: its test examples are not those of out/seed_0; remove one" in told
+    assert "out/seed_1: its test examples are not those of out/seed_0; delete one" in told
 
 
 @pytest.mark.parametrize("model", ["tiny.yaml", "both.yaml"])

@@ -102,6 +102,12 @@ def test_an_unknown_task_gets_its_closest_match():
         open_task("zzz")
 
 
+def test_half_a_surrogate_pair_is_named_with_its_row(files, tmp_path):
+    path = rows(tmp_path / "half.jsonl", [{"text": text, "label": 1} for text in ("t", "\ud800")])
+    with pytest.raises(ValueError, match=r"half.jsonl row 1 has '\\ud800', half of a surrogate"):
+        task(files, validation=path).read()
+
+
 def test_an_empty_split_is_an_error(files, tmp_path):
     empty = rows(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match=r"the validation split \(.*empty.jsonl\) has no example"):
