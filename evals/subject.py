@@ -1,6 +1,7 @@
 """What a suite evaluates: a trained model, the documents it is tried on, and where results go."""
 
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,16 @@ def open_subject(arguments: SubjectArguments) -> Subject:
     documents = from_corpus(corpus, arguments.limit, start)
     if arguments.detokenize:
         documents = wikitext.detokenized(documents, corpus.tokenizer.encode)
+    processes = join()
+    for note in checkpoint["passed_over"] if processes.is_main else []:
+        print(f"passed over: {note}", file=sys.stderr)
     return Subject(
         name=config.name,
         model=LanguageModelScorer(model, device, arguments.precision),
         documents=documents,
         tokenizer=corpus.tokenizer,
         train_length=config.train.seq_len,
-        processes=join(),
+        processes=processes,
         results=run_dir / "eval",
         provenance={
             "commit": git_commit(),

@@ -136,25 +136,27 @@ def _plan(config: RunConfig, model: nn.Module, world: World, tokenizer: str) -> 
     return ResumePlan(path, training, convert, passed_over, finished)
 
 
-def start_with(model: nn.Module, run_dir: Path, world: World, tokenizer: str) -> Path:
+def start_with(
+    model: nn.Module, run_dir: Path, world: World, tokenizer: str
+) -> tuple[Path, list[str]]:
     """Gives a run that begins the newest weights of another; all else of it begins anew.
 
     Collective, before `build_engine`, which hands rank 0's weights to all.
 
     Returns:
-        The checkpoint that they are from.
+        The checkpoint that they are from, and a line for every newer one that is not complete.
 
     Raises:
         ValueError: there is no such run, or it is of another model or tokenizer.
         CheckpointError: its checkpoint is missing or damaged.
     """
 
-    def load() -> Path:
+    def load() -> tuple[Path, list[str]]:
         if not run_dir.is_dir():
             raise ValueError(
                 f"train.init_from={run_dir}: no such folder; use a run directory such as runs/NAME"
             )
-        path, _ = find_checkpoint(run_dir)
+        path, passed_over = find_checkpoint(run_dir)
         training = json.loads((path / "training.json").read_text(encoding="utf-8"))
         _check_model(path, training["shapes"], tensor_shapes(model))
         if training["tokenizer"] != tokenizer:
@@ -163,7 +165,7 @@ def start_with(model: nn.Module, run_dir: Path, world: World, tokenizer: str) ->
                 f"run's ({tokenizer}); prepare the data with that one's (tokenizer=FILE)"
             )
         model.load_state_dict(load_weights(path))
-        return path
+        return path, passed_over
 
     return on_main(world, load)
 

@@ -80,9 +80,10 @@ class Trainer:
         plan = plan_resume(config, model, world, facts.tokenizer)
         if plan is not None:
             loader.check_state(plan.training["data"])
-        beginning = "starting from step 0"
+        beginning, passed_over = "starting from step 0", plan.notes if plan else []
         if plan is None and config.train.init_from:
-            source = start_with(model, Path(config.train.init_from), world, facts.tokenizer)
+            other = Path(config.train.init_from)
+            source, passed_over = start_with(model, other, world, facts.tokenizer)
             beginning = f"{beginning} with the weights of {source}"
         self.engine = build_engine(config, model, world, universal=bool(plan and plan.convert))
         self.step = plan.training["step"] if plan else 0
@@ -107,7 +108,7 @@ class Trainer:
                 self.step if plan else -1,
                 tensorboard=config.logging.tensorboard,
             )
-            for note in plan.notes if plan else []:
+            for note in passed_over:
                 self.log.say(f"passed over: {note}")
             self.log.say(f"resumed from {plan.path}" if plan else beginning)
             if self.step < config.total_steps:  # it may have finished earlier, at fewer tokens

@@ -4,6 +4,7 @@ The model has what checkpoints lose: codebooks, state-space parameters, a tied h
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,16 @@ def test_a_run_begins_with_the_weights_of_another_on_all_ranks(
     runs = [(f"stage{stage}", stage, None) for stage in (1, 3)]
     words = [f"train.init_from={trained / 'whole1'}", f"train.total_tokens={ROWS * S}"]
     still = ["optim.learning_rate=1e-30", "optim.ssm_learning_rate=1e-30"]
+    newer = trained / "whole1/checkpoints/step_99999999"
+    newer.mkdir()
+    (newer / "manifest.json").write_text('{"step": 99999999, "tokens": 1, "files": {"a": {}}}')
     train(corpus, tmp_path, runs, 2, *words, *still)
+    shutil.rmtree(newer)
     (want,) = rows_of(trained / "whole1", "val/loss")
     for name, _, _ in runs:
-        assert "with the weights of" in (tmp_path / name / "train.log").read_text()
+        told = (tmp_path / name / "train.log").read_text()
+        assert "passed over: step_99999999 is not complete" in told
+        assert "with the weights of" in told
         (found,) = rows_of(tmp_path / name, "val/loss")
         assert found["val/loss"] == pytest.approx(want["val/loss"], rel=SAME)
 

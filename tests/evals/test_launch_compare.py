@@ -49,7 +49,13 @@ def runs(tmp_path_factory):
     def load_model(run_dir, tag):
         config = config_of(run_dir.name, corpus, folder)
         torch.manual_seed(config.seed)
-        info = {"path": "step_1", "tokenizer": tokenizer, "step": 1, "tokens": 32}
+        info = {
+            "path": "step_1",
+            "passed_over": [],
+            "tokenizer": tokenizer,
+            "step": 1,
+            "tokens": 32,
+        }
         return LanguageModel(config.model), config, info
 
     with pytest.MonkeyPatch.context() as patch:

@@ -57,6 +57,7 @@ def run(tmp_path, corpus, monkeypatch):
             "tokenizer": tokenizer,
             "step": 1,
             "tokens": 32,
+            "passed_over": [],
         }
         return LanguageModel(config.model), config, info
 
@@ -230,6 +231,18 @@ def test_another_tokenizer_of_the_same_size_is_refused(run, monkeypatch, capsys)
     monkeypatch.setattr(subject, "load_model", trained_with_another)
     assert evaluate.main([f"run={run}", "contexts=16,64"]) == 2
     assert "was trained with (000000000000)" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(run, monkeypatch, capsys):
+    load_model = subject.load_model
+
+    def a_newer_one_is_damaged(run_dir, tag):
+        model, config, info = load_model(run_dir, tag)
+        return model, config, {**info, "passed_over": ["step_00000002 is not complete"]}
+
+    monkeypatch.setattr(subject, "load_model", a_newer_one_is_damaged)
+    assert evaluate.main([f"run={run}", "contexts=16", "protocols=stream"]) == 0
+    assert "passed over: step_00000002 is not complete" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("mode", "start_id"), [("lanes", BOS_ID), ("windows", EOS_ID)])
