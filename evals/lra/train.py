@@ -91,7 +91,7 @@ def run(
     schedule = ScheduleConfig(type="cosine", warmup_fraction=options.warmup_fraction)
     groups = parameter_groups(model, optim)
     optimizer = torch.optim.AdamW(groups, betas=optim.betas, eps=optim.eps, fused=True)
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     best: dict[str, Any] = {"validation": -1.0}
     done = 0
     if progress.exists():
@@ -127,7 +127,8 @@ def run(
                 f"step {step}/{options.steps} loss {value:.3f} validation {100 * accuracy:.1f} % "
                 f"{1000 * step_seconds[-1]:.1f} ms/step",
             )
-            if not math.isfinite(history[-1]["loss"]):
+            if not math.isfinite(value):
+                history[-1]["loss"] = None  # JSON has no NaN
                 break
             if accuracy > best["validation"]:
                 weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -150,7 +151,7 @@ def run(
         "test": score(model, splits["test"], options, row_lengths),
         "test_examples": len(splits["test"].labels),
         "solved": best["validation"] >= options.solved,
-        "diverged": not math.isfinite(history[-1]["loss"]),
+        "diverged": history[-1]["loss"] is None,
         "history": history,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - began, 1),

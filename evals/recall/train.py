@@ -77,13 +77,14 @@ def run(
     torch.manual_seed(seed)
     model = LanguageModel(config).to(device)
     validation = task.sample(generator(seed, "validation"), options.validation_examples)
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     accuracy = 0.0
     for step, loss in train(model, task, learning_rate, seed, options):
         if step % options.check_every == 0 or step == options.steps:
             accuracy = float(score(model, validation).mean())
-            history.append({"step": step, "loss": loss.item(), "validation": accuracy})
-            if accuracy >= options.solved or not math.isfinite(loss):
+            value = loss.item() if math.isfinite(loss) else None  # JSON has no NaN
+            history.append({"step": step, "loss": value, "validation": accuracy})
+            if accuracy >= options.solved or value is None:
                 break
     test = task.sample(generator(seed, "test"), options.test_examples)
     tests = {
@@ -100,7 +101,7 @@ def run(
         "validation": accuracy,
         "solved": accuracy >= options.solved,
         "steps": history[-1]["step"],
-        "diverged": not math.isfinite(history[-1]["loss"]),
+        "diverged": history[-1]["loss"] is None,
         "history": history,
         "tests": tests,
         "parameters": sum(p.numel() for p in model.parameters()),

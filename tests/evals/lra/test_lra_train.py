@@ -1,5 +1,6 @@
 """Training learns what can be learned, picks weights on validation, and survives a kill."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,4 +139,5 @@ def test_scoring_counts_every_example_once():
 def test_divergence_ends_a_training_and_is_reported(tmp_path):
     result = run(config(), splits(), 1e30, 0, OPTIONS, torch.device("cpu"), tmp_path / "p.pt")
     assert result["diverged"]
+    json.dumps(result, allow_nan=False)
     assert len(result["history"]) < 3

@@ -1,5 +1,6 @@
 """Scoring is right at both ends, training finds a short flag, and windows cannot find a far one."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +133,7 @@ def test_divergence_ends_a_training_and_is_reported():
     )
     result = run(small_s4d(task.vocab_size), task, 1e30, 0, options, torch.device("cpu"))
     assert result["diverged"]
+    json.dumps(result, allow_nan=False)
     assert result["steps"] == 5
     assert not result["solved"]
 
