@@ -74,9 +74,12 @@ def ssd(
 
 
 def has_kernels(width: int, d_state: int) -> bool:
-    """Whether the operator was seen right on a GPU at these sizes: with heads of 48 and states of
-    256 its gradients of b and c were off by half and more on an H100 (Triton 3.6), though right in
-    Triton's interpreter."""
+    """Whether the operator takes heads of `width` channels and states of `d_state` numbers.
+
+    Powers of two up to the largest that it was seen right at on a GPU. With heads of 48 and states
+    of 256 its gradients of b and c were off by half and more on an H100 (Triton 3.6), though right
+    in Triton's interpreter.
+    """
     powers_of_two = width & (width - 1) == 0 == d_state & (d_state - 1)
     return powers_of_two and d_state <= 128 and width * d_state <= 64 * 128
 

@@ -73,6 +73,12 @@ def test_micro_batches_have_equal_tokens_and_at_least_one_sequence() -> None:
     ]
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_stage_is_that_of_the_run(stage: int) -> None:
+    arguments = Arguments(models="swa_tiny", lengths="128", loops="trainer", zero_stage=stage)
+    assert plan(arguments)[0][0].config().zero.stage == stage
+
+
 def test_auto_tries_every_size_once_smallest_first() -> None:
     groups = plan(Arguments(models="swa_tiny", lengths="32768", tokens="auto"))
     assert [m.batch_size for m in groups[0]] == [1, 2, 4]
