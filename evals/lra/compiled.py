@@ -7,6 +7,7 @@ import torch
 
 from evals.lra.examples import Examples
 from pretrain.models import Encoder
+from pretrain.ops.numerics import matmul_dtype
 from pretrain.training.compiled_blocks import COMPILED_ERROR, compiled_error
 
 # On ListOps, with 500 to 2,000 symbols, rows are 12 % longer than with any multiple of 64; the
@@ -52,16 +53,23 @@ def verify_blocks(
     generator = torch.Generator(device).manual_seed(0)
     for length in lengths:
         # Inner blocks' inputs have a gradient; a compiler distinguishes.
-        x = torch.randn(n_rows, length, model.config.d_model, generator=generator, device=device)
-        x.requires_grad_()
+        shape = (2, n_rows, length, model.config.d_model)
+        drawn = torch.randn(shape, generator=generator, device=device)
         ends = torch.randint(1, length + 1, (n_rows, 1), generator=generator, device=device)
         padding = torch.arange(length, device=device) >= ends
-        for kind, block in {str(block.kind): block for block in model.blocks}.items():
+        first = model.blocks[0]
+        kinds = {(str(block.kind), block is first): block for block in model.blocks}
+        for (kind, is_first), block in kinds.items():
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                outputs = [run(x, padding=padding).x for run in (block.forward, block)]
+                dtype = matmul_dtype(drawn)  # of what the block before adds
+                x, added = (drawn[0].clone(), drawn[1].to(dtype, copy=True))
+                inputs = [part.requires_grad_() for part in ([x] if is_first else [x, added])]
+                more = {} if is_first else {"added": added}
+                runs = [run(x, padding=padding, **more) for run in (block.forward, block)]
             # What stands in the place of a pad means nothing.
-            tokens = [part.masked_fill(padding.unsqueeze(-1), 0) for part in (x, *outputs)]
-            error = compiled_error(block, *tokens, each=not autocast)
+            given = torch.stack([part.float() for part in inputs]).sum(0)
+            want, got = (torch.where(padding.unsqueeze(-1), given, run.stream) for run in runs)
+            error = compiled_error(block, inputs, want, got, each=not autocast)
             if not error < COMPILED_ERROR:
                 raise ValueError(
                     f"compile=true: the compiled '{kind}' block differs from the same block "

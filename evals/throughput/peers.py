@@ -87,7 +87,7 @@ class Peer:
             want, got = (call(*args, **kwargs) for call in (part.forward, part))
             if isinstance(want, tuple):
                 want, got = want[0], got[0]
-            error = compiled_error(part, args[0], want, got)
+            error = compiled_error(part, args[:1], want, got)
             if not error < COMPILED_ERROR:
                 raise ValueError(
                     f"{self.name}'s compiled {type(part).__name__} differs from the same "

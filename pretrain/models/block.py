@@ -3,6 +3,8 @@
     x = x + mixer(norm(x))        or  x + gate * (mixer(norm(x)) - x)  where the mixer has a gate
     x = x + mlp(norm(x))
 
+The last addition is the next block's (see `BlockOutput`).
+
 Shapes: B batch, T time, D model width. The block owns norms and residuals; mixers add nothing.
 """
 
@@ -17,11 +19,27 @@ from pretrain.models.layers import MLPS, RMSNorm
 
 
 class BlockOutput(NamedTuple):
-    """x: (B, T, D). state and aux: the mixer's."""
+    """The residual stream in two parts, and what the mixer gives.
+
+    What the MLP adds is left to the next block, or to the norm behind the last one: there the sum
+    is formed in the pass that norms it, and the stream is written and read once less per layer.
+
+    Attributes:
+        x: (B, T, D), the stream before the MLP.
+        added: (B, T, D), the MLP's part.
+        state: the mixer's.
+        aux: the mixer's.
+    """
 
     x: Tensor
+    added: Tensor
     state: Any
     aux: dict[str, Tensor]
+
+    @property
+    def stream(self) -> Tensor:
+        """(B, T, D), the sum."""
+        return self.x + self.added
 
 
 class Block(nn.Module):
@@ -69,28 +87,40 @@ class Block(nn.Module):
         resets: Tensor | None = None,
         counted: Tensor | None = None,
         padding: Tensor | None = None,
+        *,
+        added: Tensor | None = None,
     ) -> BlockOutput:
-        """x (B, T, D); state and resets as in `TokenMixer.forward`; counted (B, T) bool; padding
-        (B, T) bool, for encoders."""
-        x, state, aux = self.mix(x, state, resets, counted, padding)
-        return BlockOutput(x + self.dropout(self.mlp(self.mlp_norm(x))), state, aux)
+        """One layer.
+
+        Args:
+            x: (B, T, D).
+            state: as in `TokenMixer.forward`.
+            resets: likewise.
+            counted: (B, T) bool.
+            padding: (B, T) bool, for encoders.
+            added: (B, T, D), what the block before has left to be added to `x`.
+        """
+        x, state, aux = self.mix(x, added, state, resets, counted, padding)
+        return BlockOutput(x, self.dropout(self.mlp(self.mlp_norm(x))), state, aux)
 
     def mix(
         self,
         x: Tensor,
+        added: Tensor | None,
         state: Any,
         resets: Tensor | None,
         counted: Tensor | None,
         padding: Tensor | None = None,
-    ) -> BlockOutput:
-        """The first half of `forward`."""
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """The first half of `forward`: the stream, the mixer's state and its aux."""
         extra = {"counted": counted} if self.mixer.takes_counted else {}
         if padding is not None:
             extra["padding"] = padding
+        x = x if added is None else x + added
         mixed = self.mixer(self.mixer_norm(x), state, resets=resets, **extra)
         x = x + self.dropout(mixed.y if mixed.gate is None else mixed.gate * (mixed.y - x))
         kept = mixed.state if self.keeps_state or not self.training else None
-        return BlockOutput(x, kept, mixed.aux)
+        return x, kept, mixed.aux
 
 
 def keep_states(model: nn.Module, keep: bool) -> None:

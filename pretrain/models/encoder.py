@@ -191,14 +191,16 @@ class Encoder(nn.Module):
         if lengths is not None:
             ends = lengths + (self.cls is not None)
             padding = torch.arange(x.shape[1], device=x.device) >= ends.unsqueeze(1)
+        added: Tensor | None = None
         aux: dict[str, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            output = block(x, padding=padding)
-            x = output.x
+            output = block(x, padding=padding, added=added)
+            x, added = output.x, output.added
             aux |= {f"{index}.{name}": value for name, value in output.aux.items()}
         if self.cls is not None:
-            return self.norm(x[:, 0]), aux
-        return mean_over_tokens(self.norm(x), padding), aux
+            assert added is not None  # there is a layer
+            return self.norm(x[:, 0], added[:, 0]), aux
+        return mean_over_tokens(self.norm(x, added), padding), aux
 
     def update_buffers(self, statistics: dict[str, Tensor]) -> None:
         """Hands each mixer its own share of summed `aux` statistics; once per optimizer step."""

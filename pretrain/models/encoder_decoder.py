@@ -68,12 +68,14 @@ class DecoderBlock(Block):
         counted: Tensor | None = None,
         padding: Tensor | None = None,
         memory: Tensor | KeysValues | None = None,
+        *,
+        added: Tensor | None = None,
     ) -> BlockOutput:
-        """x (B, T, D); memory and padding (B, S) bool as in `CrossAttention.forward`."""
+        """x and added (B, T, D); memory and padding (B, S) bool as in `CrossAttention.forward`."""
         assert memory is not None
-        x, state, aux = self.mix(x, state, resets, counted)
+        x, state, aux = self.mix(x, added, state, resets, counted)
         x = x + self.dropout(self.cross(self.cross_norm(x), memory, padding))
-        return BlockOutput(x + self.dropout(self.mlp(self.mlp_norm(x))), state, aux)
+        return BlockOutput(x, self.dropout(self.mlp(self.mlp_norm(x))), state, aux)
 
 
 class DecoderState(NamedTuple):
@@ -209,16 +211,14 @@ class EncoderDecoder(nn.Module):
             fresh = (None,) * self.config.n_layers
             padding = None if encoder_mask is None else ~encoder_mask
             state = DecoderState(fresh, (memory,) * self.config.n_layers, padding)
-        x, states = self.dropout(self.embedding(tokens)), []
+        x, added, states = self.dropout(self.embedding(tokens)), None, []
         for index, block in enumerate(self._decoder()):
-            output = self._run(
-                block, x, state.layers[index], None, loss_mask, state.padding, state.memory[index]
-            )
-            x = output.x
+            layer = state.layers[index], None, loss_mask, state.padding, state.memory[index]
+            output, x, added = self._run(block, x, added, *layer)
             states.append(output.state)
             number = self.config.encoder.n_layers + index
             aux |= {f"{number}.{name}": value for name, value in output.aux.items()}
-        hidden = self.norm(x)
+        hidden = self.norm(x, added)
         after = state._replace(layers=tuple(states))
         if targets is None:
             return ModelOutput(None, hidden, after, aux)
@@ -239,15 +239,14 @@ class EncoderDecoder(nn.Module):
         Returns:
             (B, S, D), normed; it means nothing where no token stands. And what the mixers report.
         """
-        x, padding = self.dropout(self.embedding(encoder_tokens)), None
+        x, added, padding = self.dropout(self.embedding(encoder_tokens)), None, None
         if encoder_mask is not None:
             padding = ~encoder_mask
         aux: dict[str, Tensor] = {}
         for index, block in enumerate(self._encoder()):
-            output = self._run(block, x, None, None, encoder_mask, padding)
-            x = output.x
+            output, x, added = self._run(block, x, added, None, None, encoder_mask, padding)
             aux |= {f"{index}.{name}": value for name, value in output.aux.items()}
-        return self.encoder_norm(x), aux
+        return self.encoder_norm(x, added), aux
 
     def start(self, encoder_tokens: Tensor, encoder_mask: Tensor | None = None) -> DecoderState:
         """Reads an input for generation: each layer's keys and values of it are made once.
@@ -259,10 +258,16 @@ class EncoderDecoder(nn.Module):
         padding = None if encoder_mask is None else ~encoder_mask
         return DecoderState((None,) * self.config.n_layers, read, padding)
 
-    def _run(self, block: Block, *arguments: Any) -> BlockOutput:
+    def _run(
+        self, block: Block, x: Tensor, added: Tensor | None, *arguments: Any
+    ) -> tuple[BlockOutput, Tensor, Tensor | None]:
+        """A layer's output, and `x` and `added` for the next."""
         if self.config.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+            # What a block is given is kept: one tensor instead of two.
+            output = checkpoint(block, x, *arguments, use_reentrant=False)
+            return output, output.stream, None
+        output = block(x, *arguments, added=added)
+        return output, output.x, output.added
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, V); for generation and short evaluations, not for training."""

@@ -176,20 +176,21 @@ class LanguageModel(nn.Module):
             loss_mask: (B, T) bool, True where the target counts; None: everywhere.
             per_token: also return the NLL of every token.
         """
-        x = self.dropout(self.embedding(tokens))
+        x, added = self.dropout(self.embedding(tokens)), None
         states: list[Any] = []
         aux: dict[str, Tensor] = {}
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             before = None if state is None else state.layers[index]
-            if recompute:
+            if recompute:  # what a block is given is kept: one tensor instead of two
                 output = checkpoint(block, x, before, resets, loss_mask, use_reentrant=False)
+                x = output.stream
             else:
-                output = block(x, before, resets, loss_mask)
-            x = output.x
+                output = block(x, before, resets, loss_mask, added=added)
+                x, added = output.x, output.added
             states.append(output.state)
             aux |= {f"{index}.{name}": value for name, value in output.aux.items()}
-        hidden = self.norm(x)
+        hidden = self.norm(x, added)
         after = ModelState(tuple(states))
         if targets is None:
             return ModelOutput(None, hidden, after, aux)

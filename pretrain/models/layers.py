@@ -20,8 +20,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d_model))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """The norm of `x`, or of the sum."""
+        return rms_norm(x if added is None else x + added, self.weight, self.eps)
 
 
 class TokenEmbedding(nn.Embedding):

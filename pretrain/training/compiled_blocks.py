@@ -1,6 +1,6 @@
 """Compiled blocks, and how far they are from themselves uncompiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,36 +28,44 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
 
 def compiled_error(
-    block: nn.Module, x: Tensor, want: Tensor, got: Tensor, *, each: bool = False
+    block: nn.Module, inputs: Sequence[Tensor], want: Tensor, got: Tensor, *, each: bool = False
 ) -> float:
-    """The relative difference of what a block adds to x, or of its derivatives if that is larger.
+    """The relative difference of what a block adds to the sum of its inputs, or of its derivatives
+    if that is larger.
 
     Inductor of torch 2.11 was seen to compute something else on an H200, in silence: relative
     errors of 0.16 to 0.25 for blocks that were right on a CPU with torch 2.13.
 
     Args:
         block: has the parameters.
-        x: what it was given, with a gradient.
-        want: what it made uncompiled, like `x`.
-        got: what it made compiled, like `x`.
+        inputs: what it was given, with gradients, all of one shape.
+        want: what it made uncompiled, of the same shape.
+        got: what it made compiled.
         each: compare each parameter's gradient by itself, as fp32 allows: inductor of torch 2.11
             was seen to make a single one wrong, 1 % of all. In bf16 single ones cancel, and all
             are compared as one.
     """
-    (*wanted, wanted_x), (*found, found_x) = (_gradients(block, x, y) for y in (want, got))
+    wanted, found = (_gradients(block, inputs, y) for y in (want, got))
+    below_wanted, below_found = (
+        torch.cat([gradients.pop() for _ in inputs]) for gradients in (wanted, found)
+    )
     total = torch.cat(wanted)
     pairs = list(zip(wanted, found, strict=True)) if each else [(total, torch.cat(found))]
     least = SHARE * total.norm().item()
     errors = [((b - a).norm() / a.norm().clamp(min=max(least, TINY))).item() for a, b in pairs]
-    errors.append(((found_x - wanted_x).norm() / wanted_x.norm().clamp(min=TINY)).item())
+    errors.append(
+        ((below_found - below_wanted).norm() / below_wanted.norm().clamp(min=TINY)).item()
+    )
     # What the block adds, not the residual stream it is added to.
-    errors.append(((got - want).norm() / (want - x).norm().clamp(min=TINY)).item())
+    parts = want - torch.stack(list(inputs)).sum(0)
+    errors.append(((got - want).norm() / parts.norm().clamp(min=TINY)).item())
     return torch.tensor(errors).max().item()  # NaN if one is; Python's max would pass over it
 
 
-def _gradients(block: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Those of a functional of y by each parameter and by x, flat; zeros where one has no part."""
-    inputs = [*(p for p in block.parameters() if p.requires_grad), x]
+def _gradients(block: nn.Module, inputs: Sequence[Tensor], y: Tensor) -> list[Tensor]:
+    """Those of a functional of y by each parameter and then by each input, flat; zeros where one
+    has no part."""
+    by = [*(p for p in block.parameters() if p.requires_grad), *inputs]
     loss = y.float().square().sum()
-    found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(loss, by, allow_unused=True, materialize_grads=True)
     return [g.flatten().float() for g in found]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
-from pretrain.models.block import keep_states
+from pretrain.models.block import Block, keep_states
 from pretrain.ops.numerics import matmul_dtype
 from pretrain.training.compiled_blocks import COMPILED_ERROR, compile_blocks, compiled_error
 from pretrain.training.cuda_graphs import RecordedForward
@@ -209,9 +209,16 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
         ValueError: when they differ by more than rounding.
     """
     shape = (config.train.micro_batch_size, config.train.seq_len, config.model.d_model)
-    kinds = {(block.kind, block.reads_memory): block for block in model.blocks}  # type: ignore[union-attr]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [[block for block in blocks if isinstance(block, Block)] for blocks in lists]
+    alone = config.model.activation_checkpointing  # no block leaves anything to the next one
+    kinds = {
+        (block.kind, block.reads_memory, alone or block is stack[0]): block
+        for stack in stacks
+        for block in stack
+    }
     segments = ("first", "second") if config.train.carry_state else ("first",)
-    for (kind, reads_memory), block in kinds.items():
+    for (kind, reads_memory, takes_all), block in kinds.items():
         if config.model.dropout:
             block.eval()  # compiled code draws other masks
         states = [None, None]
@@ -222,14 +229,18 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
             more["memory"] = torch.randn(shape, device=device).requires_grad_()
         for segment in segments:
             # As embeddings begin: beside larger x a narrow stream would round away what blocks add.
-            x = config.model.init_std * torch.randn(shape, device=device)
+            x, added = config.model.init_std * torch.randn(2, *shape, device=device)
             with autocast(config, device):
                 if not config.model.residual_in_fp32:
                     x = x.to(matmul_dtype(x))
-                x.requires_grad_()  # a compiler distinguishes
-                want, got = block.forward(x, states[0], **more), block(x, states[1], **more)
+                inputs = [x] if takes_all else [x, added.to(matmul_dtype(added))]
+                inputs = [part.detach().requires_grad_() for part in inputs]  # a compiler minds
+                if not takes_all:
+                    more["added"] = inputs[1]
+                want = block.forward(inputs[0], states[0], **more)
+                got = block(inputs[0], states[1], **more)
             in_fp32 = config.train.precision == "fp32"
-            error = compiled_error(block, x, want.x, got.x, each=in_fp32)
+            error = compiled_error(block, inputs, want.stream, got.stream, each=in_fp32)
             if not error < COMPILED_ERROR:
                 raise ValueError(
                     f"train.compile=true: the compiled '{kind}' block differs from the same block "

@@ -114,7 +114,7 @@ def test_a_check_accepts_what_is_equal_and_finds_what_is_not(monkeypatch) -> Non
     class Wrong(Block):
         def __call__(self, x: torch.Tensor, **options: torch.Tensor) -> BlockOutput:
             output = self.forward(x, **options)
-            return output._replace(x=x + 1.2 * (output.x - x))
+            return output._replace(added=1.2 * output.added)
 
     torch._dynamo.reset()
     model = Encoder(replace(CONFIG, n_layers=1, layers=LayersConfig(default="s4d")))

@@ -21,7 +21,8 @@ def gelu(block: Block, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mlp", [swiglu, gelu])
-def test_block_mixes_tokens_then_channels_each_normed_and_added(mlp) -> None:
+@pytest.mark.parametrize("in_two_parts", [False, True])
+def test_block_mixes_tokens_then_channels_each_normed_and_added(mlp, in_two_parts) -> None:
     torch.manual_seed(0)
     mixer = mixers.build("attention", d_model=D_MODEL, n_heads=2)
     block = Block("attention", mixer, d_model=D_MODEL, d_ff=D_FF, mlp=mlp.__name__).double()
@@ -30,7 +31,13 @@ def test_block_mixes_tokens_then_channels_each_normed_and_added(mlp) -> None:
     x = torch.randn(2, 5, D_MODEL, dtype=torch.float64)
     mixed = x + mixer(F.rms_norm(x, (D_MODEL,), block.mixer_norm.weight, 1e-6)).y
     want = mixed + mlp(block, F.rms_norm(mixed, (D_MODEL,), block.mlp_norm.weight, 1e-6))
-    torch.testing.assert_close(block(x).x, want)
+    if in_two_parts:
+        part = torch.randn_like(x)
+        output = block(x - part, added=part)
+    else:
+        output = block(x)
+    torch.testing.assert_close(output.x, mixed)
+    torch.testing.assert_close(output.stream, want)
 
 
 def test_states_that_nothing_carries_are_returned_in_evaluation_alone() -> None:

@@ -118,26 +118,31 @@ def test_wrongly_compiled_code_is_found_before_training() -> None:
     verify_compiled(model, config, device)
 
     class WrongOutput(type(model.blocks[1])):  # type: ignore[misc]
-        def __call__(self, *args: object) -> BlockOutput:
-            output = self.forward(*args)
+        def __call__(self, *args: object, **more: object) -> BlockOutput:
+            output = self.forward(*args, **more)
             return output._replace(x=output.x * 1.3)
 
     class WrongGradient(type(model.blocks[1])):  # type: ignore[misc]
-        def __call__(self, *args: object) -> BlockOutput:
-            output = self.forward(*args)
+        def __call__(self, *args: object, **more: object) -> BlockOutput:
+            output = self.forward(*args, **more)
             return output._replace(x=output.x.detach() + 0.5 * (output.x - output.x.detach()))
 
     class WrongGradientOfTheInput(type(model.blocks[1])):  # type: ignore[misc]
-        def __call__(self, x: torch.Tensor, *args: object) -> BlockOutput:
-            return self.forward(1.2 * x - 0.2 * x.detach(), *args)
+        def __call__(self, x: torch.Tensor, *args: object, **more: object) -> BlockOutput:
+            return self.forward(1.2 * x - 0.2 * x.detach(), *args, **more)
+
+    class WrongGradientOfWhatIsAdded(type(model.blocks[1])):  # type: ignore[misc]
+        def __call__(self, *args: object, added: torch.Tensor, **more: object) -> BlockOutput:
+            return self.forward(*args, added=1.2 * added - 0.2 * added.detach(), **more)
 
     class NotANumber(type(model.blocks[1])):  # type: ignore[misc]
-        def __call__(self, *args: object) -> BlockOutput:
-            output = self.forward(*args)
+        def __call__(self, *args: object, **more: object) -> BlockOutput:
+            output = self.forward(*args, **more)
             output.x.register_hook(lambda gradient: gradient * torch.nan)
             return output
 
-    for wrong in (WrongOutput, WrongGradient, WrongGradientOfTheInput, NotANumber):
+    inputs = (WrongGradientOfTheInput, WrongGradientOfWhatIsAdded)
+    for wrong in (WrongOutput, WrongGradient, *inputs, NotANumber):
         model.blocks[1].__class__ = wrong
         with pytest.raises(ValueError, match=r"train\.compile=true: the compiled 's4d' block"):
             verify_compiled(model, config, device)
@@ -152,10 +157,10 @@ def test_one_wrong_gradient_is_found_in_fp32() -> None:
     verify_compiled(model, config, device)
 
     class WrongGain(type(model.blocks[-1])):  # type: ignore[misc]
-        def __call__(self, *args: object) -> BlockOutput:
+        def __call__(self, *args: object, **more: object) -> BlockOutput:
             gain = self.mlp_norm.weight
             self.mlp_norm.weight = nn.Parameter(gain.detach())
-            output = self.forward(*args)
+            output = self.forward(*args, **more)
             self.mlp_norm.weight = gain
             return output
 
@@ -169,9 +174,10 @@ def test_one_wrong_gradient_is_found_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("model", "carry_state", "expected"),
     [
-        ("bst_tiny", True, [False, True] * 2),  # swa and bst
-        ("bst_tiny", False, [False] * 2),
-        ("spade_t5_tiny", False, [False] * 3),  # spade, swa, and the decoder's attention
+        ("bst_tiny", True, [False, True] * 3),  # the first swa, to which nothing is left; swa, bst
+        ("bst_tiny", False, [False] * 3),
+        # spade, swa, and the decoder's attention, the first and another.
+        ("spade_t5_tiny", False, [False] * 4),
     ],
 )
 def test_compiled_blocks_are_checked_with_a_state_where_training_carries_one(
