@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pretrain.mixers.attention import check_heads, position_bias, qk_scale
 from pretrain.mixers.base import MixerOutput, TokenMixer
+from pretrain.ops.projected_window import projected_window_attention
 from pretrain.ops.qkv_heads import prepare_qkv
 from pretrain.ops.symmetric_window_attention import symmetric_window_attention
-from pretrain.ops.window_attention import window_attention
 
 
 class WindowState(NamedTuple):
@@ -77,31 +77,27 @@ class SlidingWindowAttention(TokenMixer):
     ) -> MixerOutput:
         self.check_sides(state, resets, padding)
         clock = self.clock(x, state, resets)
-        heads = prepare_qkv(
-            self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)),
-            None if state is None else (state.k, state.v),
-            scale=self.qk_scale,
-            base=self.rotary_base if self.position_bias is None else None,
-            keep=self.window_size if self.causal else 0,
-        )
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim))
+        base = self.rotary_base if self.position_bias is None else None
         if not self.causal:
+            heads = prepare_qkv(qkv, scale=self.qk_scale, base=base)
             y = self._attend_both_sides(heads.q, heads.k, heads.v, padding)
             return MixerOutput(self.out_proj(y.flatten(2)), None, aux={})
         bias = None
         if self.position_bias is not None:
             bias = self.position_bias(torch.arange(self.window_size, device=x.device))
-        y = window_attention(
-            heads.q,
-            heads.k,
-            heads.v,
+        y, kept = projected_window_attention(
+            qkv,
+            None if state is None else (state.k, state.v),
             block_size=self.window_size,
-            reach="window",
+            scale=self.qk_scale,
+            base=base,
+            keep=self.window_size,
             offset=clock.phase % self.window_size,
             fresh=clock.fresh_blocks(self.window_size),
-            scale=1.0 if self.qk_scale is not None else None,
             bias=bias,
         )
-        state = WindowState(*clock.after(x), *heads.kept)
+        state = WindowState(*clock.after(x), *kept)
         return MixerOutput(self.out_proj(y.flatten(2)), state, aux={})
 
     def _attend_both_sides(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:

@@ -54,7 +54,7 @@ def flash_window_attention(
     if fresh is not None and (cached or fresh.shape[1] > 1):
         q_starts, k_starts = document_starts(length, cached, block_size, offset, fresh)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _flash_window(q, k, v, q_starts, k_starts, block_size, scale)[0]
+    return flash_window(q, k, v, q_starts, k_starts, block_size, scale)[0]
 
 
 def document_starts(
@@ -96,7 +96,7 @@ def document_starts(
 
 
 @torch.library.custom_op("longspan::flash_window", mutates_args=())
-def _flash_window(
+def flash_window(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -134,10 +134,31 @@ def _flash_window_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, contiguous."""
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    write_gradients(d_y, q, k, v, y, sums, q_starts, k_starts, block_size, scale, gradients)
+    return gradients
+
+
+def write_gradients(
+    d_y: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    sums: Tensor,
+    q_starts: Tensor | None,
+    k_starts: Tensor | None,
+    block_size: int,
+    scale: float,
+    into: tuple[Tensor, ...],
+) -> None:
+    """Fills `into`, three tensors like q, k and v, with their gradients. Heads may lie apart, rows
+    of a batch one behind the other."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    d_q, d_k, d_v = _rows(q_starts, *gradients)
+    if q_starts is not None:
+        into = tuple(x.view(-1, *x.shape[2:]) for x in into)
+    d_q, d_k, d_v = into
     _flash_attn_bwd(
         *_rows(q_starts, q, k, v, y, d_y.contiguous()),
         sums,
@@ -150,7 +171,6 @@ def _flash_window_backward(
         dk=d_k,
         dv=d_v,
     )
-    return gradients
 
 
 def _rows(starts: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -158,7 +178,7 @@ def _rows(starts: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if starts is None else tuple(x.flatten(0, 1) for x in tensors)
 
 
-@_flash_window.register_fake
+@flash_window.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -188,4 +208,4 @@ def _backward(ctx: Any, d_y: Tensor, d_sums: Tensor) -> tuple[Tensor | None, ...
     return *gradients, None, None, None, None
 
 
-_flash_window.register_autograd(_backward, setup_context=_save)
+flash_window.register_autograd(_backward, setup_context=_save)

@@ -197,14 +197,17 @@ def test_compiled_block_equals_eager(name: str) -> None:
     compiled = torch.compile(block, fullgraph=True, dynamic=False)
     x, resets, _ = problem(64)
     x, resets = x[:, :128].to(DEVICE).requires_grad_(), resets[:, 2:4].to(DEVICE)
+    added = torch.randn_like(x, requires_grad=True)  # by the block before
     state = map_state(Tensor.detach, block(torch.randn_like(x)).state)
     weights = torch.randn_like(x)
     results = []
     for form in (block, compiled):
-        out = form(x, state, resets)
-        leaves = [x, *block.parameters()]
-        results.append([out.x, *torch.autograd.grad((out.x * weights).sum(), leaves)])
-    names = ["x", "d x", *(f"d {key}" for key, _ in block.named_parameters())]
+        out = form(x, state, resets, added=added)
+        leaves = [x, added, *block.parameters()]
+        gradients = torch.autograd.grad((out.stream * weights).sum(), leaves)
+        results.append([out.x, out.added, *gradients])
+    parameters = (f"d {key}" for key, _ in block.named_parameters())
+    names = ["x", "added", "d x", "d added", *parameters]
     pairs = zip(names, *results, strict=True)
     errors = {key: relative_error(got, want.double().cpu()) for key, want, got in pairs}
     assert all(error < FP32 for error in errors.values()), errors

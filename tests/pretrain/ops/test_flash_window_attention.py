@@ -1,36 +1,24 @@
 """The starts of sequences say what the definition's mask says, and the operator what it returns."""
 
-import sys
 from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pretrain.ops import flash_window_attention as module
 from pretrain.ops.flash_window_attention import (
-    _flash_window,
     document_starts,
     flash_serves,
+    flash_window,
     flash_window_attention,
 )
 from pretrain.ops.window_attention import window_attention, window_attention_naive
+from tests.pretrain.ops.plain_flash import plain_flash, runs, visible  # noqa: F401, a fixture
 
 # fp32: order of summation. bf16: 8 bits, and weights rounded before they meet the values.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def visible(queries: int, keys: int, block_size: int) -> Tensor:
-    """FlashAttention's window (W - 1, 0), (queries, keys): the last query is level with the last
-    key."""
-    back = (keys - queries + torch.arange(queries)).unsqueeze(1) - torch.arange(keys)
-    return (back >= 0) & (back < block_size)
-
-
-def runs(starts: Tensor) -> list[slice]:
-    return [slice(a, b) for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False)]
 
 
 @settings(deadline=None, max_examples=150)
@@ -60,80 +48,6 @@ def test_sequences_hold_exactly_the_visible_pairs(data: st.DataObject) -> None:
     options = {"block_size": block_size, "reach": "window", "offset": offset}
     want = window_attention_naive(zeros, values, values, fresh=fresh, **options)[:, :, 0] > 0
     assert torch.equal(seen, torch.block_diag(*want).bool())
-
-
-def sequences(
-    rows: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> list[tuple[slice | int, slice | int]]:
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return [(row, row) for row in range(rows)]
-    return list(zip(runs(cu_seqlens_q), runs(cu_seqlens_k), strict=True))
-
-
-def scores(q: Tensor, k: Tensor, scale: float, left: int, right: int) -> Tensor:
-    """Of one sequence, (T, H, K) and (M + T, H, K) -> (H, T, M + T)."""
-    assert right == 0
-    seen = visible(len(q), len(k), left + 1)
-    return (torch.einsum("thk,shk->hts", q, k) * scale).masked_fill(~seen, -torch.inf)
-
-
-def plain_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    softmax_scale: float,
-    window_size_left: int,
-    window_size_right: int,
-    return_lse: bool,
-) -> tuple[Tensor | None, ...]:
-    assert return_lse
-    y = torch.full_like(q, torch.nan)
-    sums = y[..., 0].float().transpose(-1, -2).contiguous()
-    for i, j in sequences(len(q), cu_seqlens_q, cu_seqlens_k):
-        s = scores(q[i], k[j], softmax_scale, window_size_left, window_size_right)
-        y[i] = torch.einsum("hts,shk->thk", s.softmax(-1), v[j])
-        sums.transpose(-1, -2)[i] = s.logsumexp(-1).mT.float()
-    return y, sums, None
-
-
-def plain_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    *,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    softmax_scale: float,
-    window_size_left: int,
-    window_size_right: int,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    for i, j in sequences(len(q), cu_seqlens_q, cu_seqlens_k):
-        s = scores(q[i], k[j], softmax_scale, window_size_left, window_size_right)
-        weights = (s - lse.transpose(-1, -2)[i].mT.unsqueeze(-1)).exp()
-        dv[j] = torch.einsum("hts,thk->shk", weights, dout[i])
-        along = (out[i] * dout[i]).sum(-1).mT.unsqueeze(-1)
-        d_s = weights * (torch.einsum("thk,shk->hts", dout[i], v[j]) - along) * softmax_scale
-        dq[i] = torch.einsum("hts,shk->thk", d_s, k[j])
-        dk[j] = torch.einsum("hts,thk->shk", d_s, q[i])
-
-
-@pytest.fixture
-def plain_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the operator calls, written out in torch for a CPU."""
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    interface = sys.modules["flash_attn.cute.interface"]
-    monkeypatch.setattr(interface, "_flash_attn_fwd", plain_forward, raising=False)
-    monkeypatch.setattr(interface, "_flash_attn_bwd", plain_backward, raising=False)
 
 
 def compare(
@@ -183,7 +97,7 @@ def test_the_operator_keeps_the_rules_of_torch_library(flags: bool) -> None:
     starts = (None, None)
     if flags:
         starts = document_starts(6, 3, 3, 1, torch.tensor([[True, False, True], [False] * 3]))
-    torch.library.opcheck(_flash_window, (q, k, v, *starts, 3, 0.5))
+    torch.library.opcheck(flash_window, (q, k, v, *starts, 3, 0.5))
 
 
 @pytest.mark.usefixtures("plain_flash")

@@ -332,6 +332,6 @@ def test_a_compiled_block_computes_the_same() -> None:
     def form(x: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast("cuda", torch.bfloat16):
             out = block(x, state, resets)
-        return out.x, out.state.ssm
+        return out.stream, out.state.ssm
 
     check_compiled(form, "inductor", [x], 2e-2, list(block.parameters()))

@@ -1,0 +1,162 @@
+"""Attention out of the joined projection equals its two halves, values and gradients."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.ops import projected_window as module
+from pretrain.ops.projected_window import (
+    flash_projected_window_attention,
+    projected_window_attention,
+    projected_window_backward,
+)
+from pretrain.ops.qkv_heads import prepare_qkv_naive
+from pretrain.ops.window_attention import window_attention_naive
+from tests.pretrain.ops.plain_flash import plain_flash  # noqa: F401, a fixture
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+class Case(NamedTuple):
+    length: int = 19
+    block_size: int = 4
+    heads: int = 3
+    width: int = 8
+    scaled: bool = True
+    base: float | None = 100.0
+    keep: int = 4
+    documents: bool = False
+
+
+CASES = {
+    "norms and positions": Case(),
+    "documents": Case(documents=True),
+    "positions": Case(scaled=False),
+    "norms": Case(base=None),
+    "fewer tokens than kept": Case(length=3, documents=True),
+    "nothing kept": Case(keep=0),
+}
+GPU_CASES = {
+    "heads of 64": Case(403, 96, 2, 64, keep=96),
+    "heads of 128, documents": Case(403, 96, 2, 128, keep=96, documents=True),
+    "8 heads of 128, no norms": Case(256, 128, 8, 128, scaled=False, keep=0),
+}
+USED = [(True, True), (True, False), (False, True)]  # attention, what a state keeps
+
+
+def definition(
+    qkv: Tensor,
+    *,
+    block_size: int,
+    scale: Tensor | None,
+    base: float | None,
+    keep: int,
+    **more: Any,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    heads = prepare_qkv_naive(qkv, scale=scale, base=base, keep=keep)
+    of_scores = None if scale is None else 1.0
+    options = {"block_size": block_size, "reach": "window", "scale": of_scores}
+    y = window_attention_naive(heads.q, heads.k, heads.v, **options, **more)
+    return y, heads.kept
+
+
+def problem(case: Case, dtype: torch.dtype, device: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Leaves, qkv and the scales, and options."""
+    torch.manual_seed(0)
+    shape = (2, case.length, 3, case.heads, case.width)
+    leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_()]
+    if case.scaled:
+        leaves.append((3 + torch.rand(case.heads, device=device)).requires_grad_())
+    options = {"block_size": case.block_size, "base": case.base, "keep": case.keep}
+    blocks = -(-case.length // case.block_size)
+    if case.documents:
+        options["fresh"] = torch.rand(2, blocks, device=device) < 0.4
+    return leaves, options
+
+
+def check(form: Any, case: Case, dtype: torch.dtype, device: str) -> None:
+    """Against the definition in fp64."""
+    leaves, options = problem(case, dtype, device)
+    for used in USED if case.keep else USED[1:2]:
+        results = []
+        for function, kind in ((form, dtype), (definition, torch.float64)):
+            wide = torch.promote_types(kind, torch.float32)
+            qkv, *scales = (leaf.to(kind if i == 0 else wide) for i, leaf in enumerate(leaves))
+            # Memory that is handed out again: what a kernel leaves unwritten then shows.
+            spoiled = [torch.full_like(qkv, torch.nan) for _ in range(16)]
+            del spoiled
+            y, kept = function(qkv, scale=scales[0] if scales else None, **options)
+            outputs = [
+                part
+                for part, wanted in zip((y, *kept), used[:1] + 2 * used[1:], strict=True)
+                if wanted
+            ]
+            loss = sum((part.double().sin() * part.double()).sum() for part in outputs)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            results.append([y, *kept, *gradients])
+        for got, want in zip(*results, strict=True):
+            assert got.shape == want.shape
+            error = (got.double() - want.double()).norm()
+            assert error <= BOUNDS[dtype] * want.double().norm(), (error, used)
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("plain_flash")
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_definition_where_flash_does_what_it_says(name: str) -> None:
+    check(flash_projected_window_attention, CASES[name], torch.float32, "cpu")
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("plain_flash")
+@pytest.mark.parametrize("name", ["norms and positions", "documents"])
+def test_a_compiled_graph_holds_it_whole(name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        flash_projected_window_attention, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    check(compiled, CASES[name], torch.float32, "cpu")
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("plain_flash")
+@pytest.mark.parametrize("kept", [0, 2])
+def test_the_operator_keeps_the_rules_of_torch_library(kept: int) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 6, 3, 2, 4)
+    scale, cos, sin = torch.rand(2), torch.randn(6, 1, 2), torch.randn(6, 1, 2)
+    q, k, y, d_y = torch.randn(4, 2, 6, 2, 4)
+    sums, d_last = 5 + torch.rand(2, 2, 6), torch.randn(2, kept, 2, 2, 4)
+    given = d_y, d_last, qkv, q, k, y, sums, scale, cos, sin, None, None, 3, 1.0
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(projected_window_backward, given, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_where_flash_does_not_serve_it_is_its_two_halves(name: str) -> None:
+    check(projected_window_attention, CASES[name], torch.float32, "cpu")
+
+
+def test_a_stream_goes_on_from_what_was_kept() -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 20, 3, 2, 8)
+    scale = torch.rand(2)
+    options = {"block_size": 4, "scale": scale, "keep": 4}
+    whole, _ = projected_window_attention(qkv, **options)
+    first, kept = projected_window_attention(qkv[:, :12], **options)
+    second, _ = projected_window_attention(qkv[:, 12:], kept, **options)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_what_a_gpu_takes_equals_the_definition(name: str, compiled: bool) -> None:
+    """The operators on Hopper, with flash-attn-4 installed; their two halves elsewhere."""
+    torch._dynamo.reset()
+    form = module.projected_window_attention
+    if compiled:
+        form = torch.compile(form, fullgraph=True, dynamic=False)
+    check(form, GPU_CASES[name], torch.bfloat16, "cuda")
