@@ -238,7 +238,7 @@ def mega_pytorch(shape: Shape) -> Backbone:
         from mega_pytorch import mega_pytorch as package
 
     # Inductor has no complex kernels, and in torch 2.11 a wrong idea of a spectrum's strides.
-    package.conv1d_fft = torch.compiler.disable(package.conv1d_fft)
+    package.conv1d_fft = torch.compiler.disable(_in_fp32(package.conv1d_fft))
     d, n = shape.d_model, shape.n_layers
     d_shared, d_value = d // 4, 2 * d
     width = mlp_width(shape, n * (d * d_shared + 2 * d**2 + 3 * d * d_value), matrices=2)
@@ -335,6 +335,16 @@ class ChunkedAttention(nn.Module):
         """Both (B, T, D) -> (B, T, E)."""
         chunks = (part.unflatten(1, (-1, self.chunk_size)).flatten(0, 1) for part in (x, v_input))
         return self.attention(*chunks).reshape(*x.shape[:2], -1)
+
+
+def _in_fp32(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of signals and filters that autocast has narrowed: CUDA has no FFT of bf16, and autocast
+    widens for it on a CPU alone."""
+
+    def wide(x: Tensor, weights: Tensor, **options: int) -> Tensor:
+        return convolution(x.float(), weights.float(), **options)
+
+    return wide
 
 
 def _transformers(model: nn.Module, mixing: float) -> Backbone:

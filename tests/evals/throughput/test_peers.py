@@ -176,3 +176,16 @@ def test_packages_compute_the_same_compiled(name: str, tmp_path: Path) -> None:
     peer = Peer(m, m.config(), torch.device("cpu"))
     with autocast(m.config(), torch.device("cpu")):
         peer.compile()
+
+
+@pytest.mark.peers
+def test_the_fft_of_mega_pytorch_takes_what_autocast_gives_it_on_a_gpu(tmp_path: Path) -> None:
+    """A CPU's autocast would widen by itself, so without it."""
+    m = measurement(tmp_path, model="mega_pytorch", length=512, batch_size=1)
+    Peer(m, m.config(), torch.device("cpu"))
+    from mega_pytorch.mega_pytorch import conv1d_fft
+
+    x, weights = torch.randn(1, 16, 3, 4).bfloat16(), torch.randn(16, 3).bfloat16()
+    got = conv1d_fft(x, weights, dim=-3, weight_dim=-2)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, conv1d_fft(x.float(), weights.float(), dim=-3, weight_dim=-2))

@@ -100,8 +100,9 @@ TABLE: dict[str, dict[str, dict[str, Any]]] = {
 }
 ROWS = [(name, variant) for name, variants in TABLE.items() for variant in variants]
 
-# The same sum in another order: what rounding allows, with room for cancellation.
-SAME = {torch.float64: 1e-10, torch.float32: 1e-5}
+# The same sum in another order: what rounding allows, with room for cancellation: MEGA's rotary
+# bias has a gradient of 1e-2 of its terms, and is off by 1.2e-5 on some processors in fp32.
+SAME = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 # What the state-space mixers call their decays, frequencies, step sizes and skips.
 RATES = ("log_dt", "log_A_real", "A_imag", "A_log", "dt_bias", "delta", "D")

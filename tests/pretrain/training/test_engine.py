@@ -14,8 +14,9 @@ from pretrain.config import RunConfig, load_config
 from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig, build_model
 from pretrain.models.block import BlockOutput
+from pretrain.models.layers import RMSNorm
 from pretrain.training import engine
-from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.compiled_blocks import compile_blocks, compiled_error
 from pretrain.training.engine import (
     World,
     autocast,
@@ -169,6 +170,15 @@ def test_one_wrong_gradient_is_found_in_fp32() -> None:
         verify_compiled(model, config, device)
     config.train.precision = "bf16"
     verify_compiled(model, config, device)  # compared as one
+
+
+def test_a_norm_is_compared_by_a_gradient_that_it_has() -> None:
+    """Of the sum of its squares it has none but rounding's."""
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64), torch.randn(2, 8, 64, requires_grad=True)
+    wide = x.double()
+    other_order = (wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt()).float()
+    assert compiled_error(norm, [x], norm(x), other_order * norm.weight, each=True) < 1e-5
 
 
 @pytest.mark.parametrize(
