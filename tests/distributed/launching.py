@@ -14,6 +14,9 @@ from tests.distributed.tiny_run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_RUN = Path(__file__).with_name("tiny_run.py")
+# Where one of several processes gets SIGKILL, deepspeed's launcher ends with the code of the first
+# dead one that it meets, in any order: 256 - 9, or that of another, which lost its peer.
+KILLED = (247, 1)
 TIMEOUT = 280  # seconds; launches take 10 to 30 on two idle cores
 
 
@@ -72,8 +75,10 @@ def start_runs(folder: Path, runs: list[Run], *, processes: int) -> subprocess.P
     return start(TINY_RUN, [str(_specification(folder, runs))], processes=processes)
 
 
-def train(folder: Path, runs: list[Run], *, processes: int, code: int = 0) -> list[dict[str, Any]]:
-    """Trains `runs` and checks the exit code.
+def train(
+    folder: Path, runs: list[Run], *, processes: int, code: int | tuple[int, ...] = 0
+) -> list[dict[str, Any]]:
+    """Trains `runs` and checks the exit code, which may be one of several.
 
     Returns:
         For each run the `code` and error `message` that it would have ended with on its own; empty
@@ -81,7 +86,8 @@ def train(folder: Path, runs: list[Run], *, processes: int, code: int = 0) -> li
     """
     specification = _specification(folder, runs)
     returned, output = finish(start(TINY_RUN, [str(specification)], processes=processes))
-    assert returned == code, f"exit code {returned}:\n{output[-6000:]}"
+    expected = code if isinstance(code, tuple) else (code,)
+    assert returned in expected, f"exit code {returned}:\n{output[-6000:]}"
     outcomes = specification.with_suffix(".outcomes")
     return json.loads(outcomes.read_text()) if outcomes.exists() else []
 

@@ -13,6 +13,7 @@ import torch
 
 from pretrain.training.load import load_weights
 from tests.distributed.launching import (
+    KILLED,
     checkpoints,
     largest_difference,
     train,
@@ -22,7 +23,6 @@ from tests.distributed.tiny_run import EXIT_PREEMPTED, Run
 
 pytestmark = pytest.mark.distributed
 
-KILLED = 247  # what the deepspeed launcher makes of SIGKILL
 RESHARD_TOLERANCE = 1e-5  # sums in another order for part of the run
 COMBINATIONS = [(stage, precision) for precision in ("fp32", "bf16") for stage in (1, 3)]
 MOVED_STAGES = (0, 1, 2, 3)  # stage 0 replicates everything and needs no resharding

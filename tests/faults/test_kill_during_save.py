@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.training.manifest import newest_complete
 from tests.distributed.launching import (
+    KILLED,
     checkpoints,
     finish,
     start,
@@ -19,7 +20,6 @@ from tests.distributed.tiny_run import Run
 
 pytestmark = pytest.mark.distributed
 
-KILLED = 247  # what the deepspeed launcher makes of SIGKILL
 TEMPORARY = "tmp.step_00000010"
 
 # Where in the second of two saves, and on which of two ranks.
@@ -56,7 +56,7 @@ def check_killed_runs(folder: Path, runs: list[Run], at_once: int) -> None:
     for first in range(0, len(runs), at_once):
         for launch in [start_runs(folder, [r], processes=2) for r in runs[first : first + at_once]]:
             code, output = finish(launch)
-            assert code == KILLED, output[-4000:]
+            assert code in KILLED, output[-4000:]
     for run in runs:
         newest, passed_over = newest_complete(checkpoints(run))
         assert newest is not None
