@@ -14,7 +14,7 @@ FIND_TORCH := import pathlib, re, torch; \
 	assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11); \
 	print(pathlib.Path(torch.__file__).parents[1])
 
-.PHONY: quickstart quickstart-long compare denoising-base denoising-study test test-slow test-browser lint format clean
+.PHONY: quickstart quickstart-long compare denoising-base denoising-study speed test test-slow test-browser lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/ready
@@ -34,6 +34,10 @@ denoising-base: $(VENV)/ready
 # What pretraining is worth to small encoder-decoders on five tasks, whose folder is CORPORA.
 denoising-study: $(VENV)/ready
 	@$(RUN) launch/denoising_study.sh
+
+# Training speed by length and loop, beside public packages; one GPU.
+speed: $(VENV)/ready
+	@$(RUN) launch/speed.sh
 
 test: lint
 	@$(RUN) OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadscope

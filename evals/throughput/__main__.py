@@ -17,6 +17,7 @@ of `tokens` at every length (at least one sequence). FLOPs by the convention of
     residual_in_fp32= true, or false for a residual stream in bf16; ours only
     compile=true, checkpointing=false, vocab_size=32128, seconds=4 (timed per measurement)
     compile_workers=1 more: first compiles everything, so many processes side by side
+    compile_only=false ends there: torch's cache is filled and nothing timed
     timeout_s=180     after which a measurement is ended; its log holds the stacks
     profile=false     also write the kernels of one step by time to out/profiles
     device=auto, out=runs/throughput
@@ -61,6 +62,7 @@ class ThroughputArguments:
     vocab_size: int = 32128
     seconds: float = 4.0
     compile_workers: int = 1
+    compile_only: bool = False
     timeout_s: float = 180.0
     profile: bool = False
     device: str = "auto"
@@ -81,9 +83,11 @@ def main(argv: list[str]) -> int:
         return BAD_INPUT
     out_dir = Path(arguments.out)
     print(machine.describe(), flush=True)
-    if arguments.compile_workers > 1:
+    if arguments.compile_workers > 1 or arguments.compile_only:
         every = [measurement for sizes in groups for measurement in sizes]
         compile_all(every, out_dir, machine, arguments.timeout_s, arguments.compile_workers)
+    if arguments.compile_only:
+        return 0
     results: list[Result] = []
     for sizes in groups:
         for measurement in sizes:
@@ -144,6 +148,10 @@ def plan(arguments: ThroughputArguments) -> list[list[Measurement]]:
         problems.append("lengths= must be at least 1, vocab_size= at least 2")
     if not min(arguments.seconds, arguments.timeout_s) > 0:
         problems.append("seconds= and timeout_s= must be greater than 0")
+    if arguments.compile_only and not arguments.compile:
+        problems.append(
+            "compile_only=true with compile=false: nothing to do; leave one of them out"
+        )
     if arguments.compile_workers < 1:
         problems.append("compile_workers=0: must be at least 1")
     if arguments.tokens != "auto" and numbers("tokens", arguments.tokens) == [0]:

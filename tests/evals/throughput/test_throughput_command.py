@@ -2,13 +2,18 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from evals.throughput import __main__ as command
 from evals.throughput import ops
 from evals.throughput.__main__ import ThroughputArguments as Arguments
 from evals.throughput.__main__ import main, plan
+from pretrain.training.environment import REPOSITORY
 from tests.evals.throughput.tiny import write_model
 
 
@@ -50,6 +55,40 @@ def test_a_narrow_residual_stream_is_timed_and_stated(tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path)
     assert (row["status"], row["residual_in_fp32"]) == ("ok", "False")
     assert "residual stream of our models in bf16" in (tmp_path / "throughput.md").read_text()
+
+
+def test_compiling_alone_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(command, "compile_all", lambda every, *_: compiled.extend(map(str, every)))
+    words = [w for w in words_for(tmp_path, "plain") if not w.startswith("compile")]
+    assert main([*words, "compile_only=true"]) == 0
+    assert len(compiled) == 1
+    assert not (tmp_path / "throughput.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_script_of_all_speeds_runs_to_its_end_and_then_finds_everything(tmp_path: Path) -> None:
+    sizes = {"SPEED": str(tmp_path), "SIZE": "tiny", "T": "128", "MEGA_TOKENS": "128", "OPS": ""}
+    words = "device=cpu compile=false vocab_size=64 seconds=0.01".split()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | sizes | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
+    for again in (False, True):
+        run = subprocess.run(
+            [REPOSITORY / "launch" / "speed.sh", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout[-4000:]
+        assert ("measured before" in run.stdout) == again
+    rows = [
+        row for table in sorted(tmp_path.glob("*/throughput.csv")) for row in rows_of(table.parent)
+    ]
+    ours = [row for row in rows if row["model"].endswith("_tiny")]
+    assert len(ours) == 24
+    assert {row["status"] for row in ours} == {"ok"}
+    assert (tmp_path / "speed.md").read_text().count("### ") == len(list(tmp_path.glob("*/*.csv")))
 
 
 @pytest.mark.slow
@@ -100,6 +139,7 @@ def test_auto_tries_every_size_once_smallest_first() -> None:
         ("residual_in_fp32=false precision=fp32", "there is none; use precision=bf16"),
         ("lengths=0", "at least 1"),
         ("zero_stage=4", "zero.stage=4"),
+        ("compile_only=true compile=false", "leave one of them out"),
     ],
 )
 def test_bad_words_are_refused_with_the_reason(
