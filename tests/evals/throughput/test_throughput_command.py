@@ -70,7 +70,7 @@ def test_compiling_alone_measures_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.timeout(1200)
 def test_the_script_of_all_speeds_runs_to_its_end_and_then_finds_everything(tmp_path: Path) -> None:
     sizes = {"SPEED": str(tmp_path), "SIZE": "tiny", "T": "128", "MEGA_TOKENS": "128", "OPS": ""}
-    words = "device=cpu compile=false vocab_size=64 seconds=0.01".split()
+    words = ["device=cpu", "compile=false", "vocab_size=64", "seconds=0.01"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | sizes | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
     for again in (False, True):
