@@ -62,12 +62,12 @@ def verify_blocks(
         for (kind, is_first), block in kinds.items():
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 dtype = matmul_dtype(drawn)  # of what the block before adds
-                x, added = (drawn[0].clone(), drawn[1].to(dtype, copy=True))
-                inputs = [part.requires_grad_() for part in ([x] if is_first else [x, added])]
-                more = {} if is_first else {"added": added}
-                runs = [run(x, padding=padding, **more) for run in (block.forward, block)]
+                inputs = [drawn[0].clone(), drawn[1].to(dtype, copy=True)][: 1 if is_first else 2]
+                inputs = [part.requires_grad_() for part in inputs]
+                more = {} if is_first else {"added": inputs[1]}
+                runs = [run(inputs[0], padding=padding, **more) for run in (block.forward, block)]
             # What stands in the place of a pad means nothing.
-            given = torch.stack([part.float() for part in inputs]).sum(0)
+            given = sum(inputs)
             want, got = (torch.where(padding.unsqueeze(-1), given, run.stream) for run in runs)
             error = compiled_error(block, inputs, want, got, each=not autocast)
             if not error < COMPILED_ERROR:

@@ -57,8 +57,7 @@ def compiled_error(
         ((below_found - below_wanted).norm() / below_wanted.norm().clamp(min=TINY)).item()
     )
     # What the block adds, not the residual stream it is added to.
-    parts = want - torch.stack(list(inputs)).sum(0)
-    errors.append(((got - want).norm() / parts.norm().clamp(min=TINY)).item())
+    errors.append(((got - want).norm() / (want - sum(inputs)).norm().clamp(min=TINY)).item())
     return torch.tensor(errors).max().item()  # NaN if one is; Python's max would pass over it
 
 

@@ -234,7 +234,8 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
                 if not config.model.residual_in_fp32:
                     x = x.to(matmul_dtype(x))
                 inputs = [x] if takes_all else [x, added.to(matmul_dtype(added))]
-                inputs = [part.detach().requires_grad_() for part in inputs]  # a compiler minds
+                # Leaves with a gradient: a compiler distinguishes.
+                inputs = [part.detach().requires_grad_() for part in inputs]
                 if not takes_all:
                     more["added"] = inputs[1]
                 want = block.forward(inputs[0], states[0], **more)
