@@ -6,10 +6,12 @@
 #   SIZE=tiny T=128 MEGA_TOKENS=128 OPS= launch/speed.sh device=cpu compile=false vocab_size=64 seconds=0.1
 set -uo pipefail
 cd "$(dirname "$0")/.."
-SPEED=${SPEED:-runs/speed} COMPILE=${COMPILE:-4} SIZE=${SIZE:-350m} T=${T:-4096}
+export SPEED=${SPEED:-runs/speed}
+COMPILE=${COMPILE:-4} SIZE=${SIZE:-350m} T=${T:-4096}
 MEGA_TOKENS=${MEGA_TOKENS:-4096} OPS=${OPS-ssm bst_layer}
 BATCH=$((16 * T)) LONG=$((8 * T)) LONGEST=$((32 * T))
-bst=bst_$SIZE spade=spade_$SIZE swa=swa_$SIZE narrow=residual_in_fp32=false
+bst=bst_$SIZE spade=spade_$SIZE swa=swa_$SIZE recurrent=block_recurrent
+narrow=residual_in_fp32=false small="lengths=$T tokens=$((8 * T)) $narrow"
 
 # A name, then words of evals.throughput.
 jobs=(
@@ -22,25 +24,30 @@ jobs=(
   "slope2 models=$bst lengths=$((2 * T)) tokens=$((2 * T)) $narrow"
   "slope4 models=$bst lengths=$((4 * T)) tokens=$((4 * T)) $narrow"
   "slope8 models=$bst lengths=$LONG tokens=$LONG $narrow"
-  "mamba2 models=mamba2_$SIZE like=$swa peers=mamba_ssm,fla_mamba2 lengths=$T tokens=$((8 * T)) $narrow"
-  "longvq models=longvq_$SIZE,mega_$SIZE lengths=$T tokens=$((8 * T)) $narrow"
+  "mamba2 models=mamba2_$SIZE like=$swa peers=mamba_ssm,fla_mamba2 $small"
+  "longvq models=longvq_$SIZE,mega_$SIZE $small"
   "mega_pytorch models= like=$swa peers=mega_pytorch lengths=$T tokens=$MEGA_TOKENS"
-  "block_recurrent models=block_recurrent_$SIZE like=$swa peers=block_recurrent_pytorch lengths=$T
-    tokens=$((8 * T)) $narrow"
+  "$recurrent models=${recurrent}_$SIZE like=$swa peers=${recurrent}_pytorch $small"
 )
 failed=0
 say() { printf '\n== %s  [%d s]\n' "$*" "$SECONDS"; }
 
-for phase in compile_only=true compile_only=false; do
-  case "$phase $*" in *compile_only=true*compile=false*) continue ;; esac
-  for job in "${jobs[@]}"; do
-    read -rd '' -a words <<<"$job"
-    say "$phase ${words[*]}"
-    workers=1
-    [ "$phase" = compile_only=true ] && workers=$COMPILE
-    python -m evals.throughput "${words[@]:1}" "$phase" compile_workers="$workers" "$@" \
-      out="$SPEED/${words[0]}" || failed=1
-  done
+run() { # a job, then words
+  local words
+  read -ra words <<<"$1"
+  python -m evals.throughput "${words[@]:1}" "${@:2}" out="$SPEED/${words[0]}"
+}
+export -f run
+
+if [[ " $* " != *" compile=false "* ]]; then
+  say "compiling, $COMPILE models at a time"
+  # Not loops and zero1: their blocks are the first one's.
+  printf '%s\n' "${jobs[@]}" | grep -Ev '^(loops|zero1) ' |
+    xargs -d '\n' -n 1 -P "$COMPILE" bash -c 'run "${@: -1}" "${@:1:$#-1}" compile_only=true' _ "$@"
+fi
+for job in "${jobs[@]}"; do
+  say "$job"
+  run "$job" "$@" || failed=1
 done
 for op in $OPS; do
   say "$op"
