@@ -150,7 +150,8 @@ def test_packages_are_as_large_as_llama(name: str, tmp_path: Path) -> None:
         peer = Peer(m, m.config(), torch.device("meta"))
         return sum(p.numel() for p in peer.module.parameters())
 
-    assert math.isclose(size(name), size("llama"), rel_tol=0.005)
+    # To half a step of 64 in the width of 24 MLPs of three matrices: 2.36M of 336M.
+    assert math.isclose(size(name), size("llama"), rel_tol=0.0071)
 
 
 @pytest.mark.peers
