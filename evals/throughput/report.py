@@ -88,7 +88,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """What a loop adds to the one before it, and speed over length."""
+    """What a loop adds to the one before it, memory over tokens, and speed over length."""
     found = []
     timed = [row for row in rows if row["status"] == "ok"]
     by_key = {(row["model"], row["loop"], row["length"], row["batch_size"]): row for row in timed}
@@ -102,8 +102,19 @@ def sentences(rows: Sequence[Row]) -> list[str]:
                     f"{model}, {batch} x {length:,}: {name} adds {share:+.1%} to the {other} loop "
                     f"(mean step {base['ms_mean']:,.1f} to {row['ms_mean']:,.1f} ms)"
                 )
-    for model, loop in dict.fromkeys((row["model"], row["loop"]) for row in timed):
-        own = [row for row in timed if (row["model"], row["loop"]) == (model, loop)]
+    for model, loop, length in dict.fromkeys((model, loop, n) for model, loop, n, _ in by_key):
+        own = [row for key, row in by_key.items() if key[:3] == (model, loop, length)]
+        least, most = (f(own, key=lambda row: row["batch_size"]) for f in (min, max))
+        if least is not most:
+            tokens = [length * row["batch_size"] for row in (least, most)]
+            grown = 2**20 * (most["memory_gib"] - least["memory_gib"]) / (tokens[1] - tokens[0])
+            found.append(
+                f"{model}, {loop}: {grown:,.1f} KiB of peak memory per token between micro-batches "
+                f"of {tokens[0]:,} and {tokens[1]:,}"
+            )
+    fastest = [row for row in best(rows) if row["status"] == "ok"]
+    for model, loop in dict.fromkeys((row["model"], row["loop"]) for row in fastest):
+        own = [row for row in fastest if (row["model"], row["loop"]) == (model, loop)]
         shortest = min(own, key=lambda row: row["length"])
         ratios = [
             f"{row['tokens_per_second'] / shortest['tokens_per_second']:.2f} at {row['length']:,}"

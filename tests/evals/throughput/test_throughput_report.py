@@ -40,6 +40,19 @@ def test_the_share_of_a_loop_is_that_of_means() -> None:
     assert "the trainer adds +10.0% to the deepspeed loop" in text
 
 
+def test_memory_per_token_is_said_of_several_micro_batches_and_speed_of_several_lengths() -> None:
+    results = [result("plain", [1.0], batch_size=1), result("plain", [1.5], batch_size=5)]
+    results[1]["memory_gib"] = 1.5
+    longer = result("plain", [6.0], batch_size=1)
+    longer["settings"]["length"] = 5000
+    first, second = report.sentences([report.row_of(r) for r in (*results, longer)])
+    # 2^19 KiB by 4,000 tokens.
+    assert first == (
+        "m, plain: 131.1 KiB of peak memory per token between micro-batches of 1,000 and 5,000"
+    )
+    assert second == "m, plain: 0.25 at 5,000 of 1,000's speed"  # of the faster micro-batch
+
+
 def test_the_best_micro_batch_is_shown_and_memory_where_there_is_none() -> None:
     rows = [
         report.row_of(result("plain", [1.0], batch_size=1)),
