@@ -65,6 +65,7 @@ class Backbone(NamedTuple):
         hidden_states: tokens (B, T) -> (B, T, D), behind the last norm.
         mixing: forward FLOPs per token, all layers together, besides those of `nn.Linear`.
         compilable: what to compile; nothing where Triton kernels are the package's own.
+        rounds_by_all: later tokens change how earlier ones are rounded, as an FFT's do.
     """
 
     module: nn.Module
@@ -72,6 +73,7 @@ class Backbone(NamedTuple):
     hidden_states: Callable[[Tensor], Tensor]
     mixing: float
     compilable: Sequence[nn.Module] = ()
+    rounds_by_all: bool = False
 
 
 def shape_of(config: RunConfig) -> Shape:
@@ -260,7 +262,7 @@ def mega_pytorch(shape: Shape) -> Backbone:
     bare = 2 * (d**2 + d * d_value)  # weights that are in no nn.Linear
     compilable = [part for mixer, _, mlp, _ in model.layers for part in (mixer, mlp)]
     mixing = n * (attention + bare + 4 * MEGA_HEADS * d)
-    return Backbone(model, model.token_emb, model, mixing, compilable)
+    return Backbone(model, model.token_emb, model, mixing, compilable, rounds_by_all=True)
 
 
 def block_recurrent_pytorch(shape: Shape) -> Backbone:

@@ -1,4 +1,4 @@
-"""Sliding windows by FlashAttention-4's own kernels for Hopper (package flash-attn-4).
+"""Sliding windows and blocks by FlashAttention-4's own kernels for Hopper (package flash-attn-4).
 
 Shapes: B batch, T queries, M cached keys in front of them, H heads, K head width, W block size, S
 sequences of documents, N = B T.
@@ -55,6 +55,32 @@ def flash_window_attention(
         q_starts, k_starts = document_starts(length, cached, block_size, offset, fresh)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return flash_window(q, k, v, q_starts, k_starts, block_size, scale)[0]
+
+
+def flash_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    reach: str,
+    offset: int = 0,
+    fresh: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Signature and meaning of `window_attention`, for the reach "own" and whole blocks without a
+    bias, and where `flash_serves`: each block is a sequence of its own, all of it in the window.
+    What documents begin (`fresh`) changes nothing."""
+    assert reach == "own"
+    assert bias is None
+    assert offset == 0
+    assert q.shape[1] == k.shape[1]
+    assert q.shape[1] % block_size == 0
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    blocks = (x.unflatten(1, (-1, block_size)).flatten(0, 1) for x in (q, k, v))
+    y, _ = flash_window(*blocks, None, None, block_size, scale)
+    return y.view(q.shape)
 
 
 def document_starts(

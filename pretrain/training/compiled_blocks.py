@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.training.compiled_products import QuackProducts
 from pretrain.training.loop_barriers import add_loop_barriers
 
 # bf16 keeps 8 bits and a compiled block rounds in other places: 0.01 of what a block adds.
@@ -23,8 +24,11 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     """
     torch._dynamo.config.recompile_limit = 64
     add_loop_barriers()
+    options: dict[str, Any] = {}
+    if backend == "inductor":
+        options["options"] = {"post_grad_custom_post_pass": QuackProducts()}
     for module in (*model.blocks, model.norm):  # type: ignore[misc]
-        module.compile(backend=backend, dynamic=False)
+        module.compile(backend=backend, dynamic=False, **options)
 
 
 def compiled_error(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from evals.throughput import peer_models, worker
+from evals.throughput import peer_models, peers, worker
 from evals.throughput.peer_models import Backbone, ChunkedAttention, Shape, mlp_width
 from evals.throughput.peers import Peer
 from evals.throughput.settings import PEERS
@@ -140,6 +140,22 @@ def test_mlps_make_up_for_what_mixers_lack() -> None:
 def test_packages_take_causal_steps_across_blocks(name: str, tmp_path: Path) -> None:
     m = measurement(tmp_path, model=name, length=1024, batch_size=1, precision="bf16")
     assert worker.measure(asdict(m))["status"] == "ok"
+
+
+@pytest.mark.peers
+def test_what_many_layers_make_of_a_rounding_is_no_look_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 other tokens later on change Mega-pytorch's hidden states by 0.7."""
+    shape = Shape(d_model=64, n_layers=24, n_heads=2, d_ff=64, vocab_size=64, length=512)
+    monkeypatch.setattr(peers, "shape_of", lambda config: shape)
+    m = measurement(tmp_path, model="mega_pytorch", length=512, precision="bf16")
+    peer = Peer(m, m.config(), torch.device("cpu"))
+    with autocast(m.config(), torch.device("cpu")):
+        peer.check_causal()
+        peer.backbone = peer.backbone._replace(rounds_by_all=False)
+        with pytest.raises(ValueError, match="sees what is to come"):
+            peer.check_causal()
 
 
 @pytest.mark.peers

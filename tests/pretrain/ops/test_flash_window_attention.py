@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pretrain.ops import flash_window_attention as module
 from pretrain.ops.flash_window_attention import (
     document_starts,
+    flash_block_attention,
     flash_serves,
     flash_window,
     flash_window_attention,
@@ -51,7 +52,13 @@ def test_sequences_hold_exactly_the_visible_pairs(data: st.DataObject) -> None:
 
 
 def compare(
-    form, carried: bool, flags: bool, sizes: tuple[int, ...], dtype: torch.dtype, device: str
+    form,
+    carried: bool,
+    flags: bool,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    reach: str = "window",
 ) -> None:
     """Of `sizes` (T, W, H, K), against the definition in fp64."""
     torch.manual_seed(0)
@@ -65,7 +72,7 @@ def compare(
     blocks = -(-(offset + length) // block_size)
     fresh = torch.rand(2, blocks, device=device) < 0.4
     fresh[:, 0] = torch.tensor([True, False])  # of the cached keys, one row's belong to nobody
-    options = {"block_size": block_size, "reach": "window", "offset": offset}
+    options = {"block_size": block_size, "reach": reach, "offset": offset}
     weights = torch.randn(q.shape, device=device)
     for marks in (fresh, fresh[:, :1]) if flags else (None,):
         results = []
@@ -87,6 +94,12 @@ def test_the_operator_is_the_definition_where_flash_does_what_it_says(
     carried: bool, flags: bool
 ) -> None:
     compare(flash_window_attention, carried, flags, (19, 4, 2, 8), torch.float32, "cpu")
+
+
+@pytest.mark.usefixtures("plain_flash")
+@pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
+def test_blocks_are_the_definition_where_flash_does_what_it_says(flags: bool) -> None:
+    compare(flash_block_attention, False, flags, (20, 4, 2, 8), torch.float32, "cpu", "own")
 
 
 @pytest.mark.usefixtures("plain_flash")
@@ -156,3 +169,16 @@ def test_what_a_gpu_takes_equals_the_definition(carried: bool, flags: bool, comp
         form = torch.compile(form, fullgraph=True, dynamic=False)
     for width in (64, 128):
         compare(form, carried, flags, (403, 96, 2, width), torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("length", [1024, 1000], ids=["whole blocks", "a part"])
+def test_blocks_that_a_gpu_takes_equal_the_definition(length: int, compiled: bool) -> None:
+    """As above, of whole blocks; parts of blocks by FlexAttention."""
+    torch._dynamo.reset()
+    form = window_attention
+    if compiled:
+        form = torch.compile(form, fullgraph=True, dynamic=False)
+    for width in (64, 128):
+        compare(form, False, False, (length, 256, 2, width), torch.bfloat16, "cuda", "own")

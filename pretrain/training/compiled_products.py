@@ -1,0 +1,81 @@
+"""Products of compiled blocks that quack (Dao-AILab/quack; extra `flash`) makes faster than cuBLAS.
+
+A pass of inductor's, so that a model says nn.Linear and nothing else.
+
+A product whose inner width is short, as that of a projection from the model's width, spends much of
+a tile on its way out of the registers; quack's ping-pong kernels multiply the next tile meanwhile.
+On an H100, 65,536 tokens, inner width 1,024: outputs of 3,072 0.57 ms where cuBLAS takes 0.60 to
+0.65, of 1,024 0.20 and 0.22; with inner widths of 2,752 to 5,504 0 to 3 %, and sums over tokens (a
+weight's gradient) none, so that these stay cuBLAS's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from pretrain.ops.swiglu_quack import QUACK_INSTALLED
+
+ENOUGH_ROWS = 2**15  # of 192: ten for each of 132 multiprocessors, at outputs of 1,024
+SHORT = 1536
+
+
+class QuackProducts(CustomGraphPass):
+    """Gives the products that `quack_serves` to quack, forward and backward."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            if quack_serves(*(x.meta["val"] for x in node.args)):
+                node.target = torch.ops.longspan.product.default
+
+    def uuid(self) -> Any:
+        """What compiled code in a cache depends on."""
+        return get_hash_for_files((__file__,)), QUACK_INSTALLED
+
+
+def quack_serves(a: Tensor, b: Tensor) -> bool:
+    """Whether `product` of (M, K) and (K, N) is the faster one: on Hopper with quack installed, in
+    bf16, many rows, short and contiguous; whole tiles of columns. Blackwell was not measured."""
+    rows, inner, columns = *a.shape, b.shape[1]
+    return (
+        QUACK_INSTALLED
+        and a.is_cuda
+        and a.dtype == b.dtype == torch.bfloat16
+        and a.stride() == (inner, 1)
+        and b.stride() in ((columns, 1), (1, inner))
+        and rows >= ENOUGH_ROWS
+        and inner <= SHORT
+        and inner % 8 == 0
+        and tile_of(columns) is not None
+        and torch.cuda.get_device_capability(a.device)[0] == 9
+    )
+
+
+def tile_of(columns: int) -> tuple[int, int] | None:
+    """Rows and columns of a tile, the fastest for 3,072 and for 1,024 columns."""
+    for rows, width in ((128, 192), (192, 128)):
+        if columns % width == 0:
+            return rows, width
+    return None
+
+
+@torch.library.custom_op("longspan::product", mutates_args=())
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K) times (K, N), where `quack_serves`; without a derivative, which is in the graph."""
+    from quack.gemm_config import GemmConfig
+    from quack.gemm_interface import gemm_tuned
+
+    tile = tile_of(b.shape[1])
+    assert tile is not None
+    config = GemmConfig(
+        tile_m=tile[0], tile_n=tile[1], pingpong=True, cluster_m=2, is_dynamic_persistent=False
+    )
+    y = a.new_empty(a.shape[0], b.shape[1])
+    gemm_tuned.fn(a, b, y, config=config)
+    return y
+
+
+@product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
