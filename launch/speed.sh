@@ -19,7 +19,7 @@ jobs=(
   "loops models=$bst lengths=$T tokens=$BATCH loops=plain,deepspeed,trainer zero_stage=0 $narrow"
   "zero1 models=$bst lengths=$T tokens=$BATCH loops=deepspeed,trainer $narrow"
   "long models=$swa,$bst,$spade peers=llama lengths=$LONG tokens=$BATCH $narrow"
-  "larger models=$swa,$bst lengths=$T tokens=$((20 * T)) $narrow"
+  "larger models=$swa,$bst,$spade lengths=$T tokens=$((22 * T)) $narrow"
   "longest models=$bst,$spade lengths=$LONGEST,$T tokens=$LONGEST checkpointing=true $narrow"
   "memory models=$bst peers=llama lengths=$((2 * T)) tokens=$((2 * T)),$LONG $narrow"
   "mamba2 models=mamba2_$SIZE like=$swa peers=mamba_ssm,fla_mamba2 $small"

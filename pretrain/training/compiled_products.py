@@ -22,11 +22,11 @@ SHORT = 1536
 
 
 class QuackProducts(CustomGraphPass):
-    """Gives the products that `quack_serves` to quack, forward and backward."""
+    """Gives quack the products that `quack_is_faster` at, forward and backward."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-            if quack_serves(*(x.meta["val"] for x in node.args)):
+            if quack_is_faster(*(x.meta["val"] for x in node.args)):
                 node.target = torch.ops.longspan.product.default
 
     def uuid(self) -> Any:
@@ -34,9 +34,10 @@ class QuackProducts(CustomGraphPass):
         return get_hash_for_files((__file__,)), QUACK_INSTALLED
 
 
-def quack_serves(a: Tensor, b: Tensor) -> bool:
-    """Whether `product` of (M, K) and (K, N) is the faster one: on Hopper with quack installed, in
-    bf16, many rows, short and contiguous; whole tiles of columns. Blackwell was not measured."""
+def quack_is_faster(a: Tensor, b: Tensor) -> bool:
+    """Whether to take quack's product of (M, K) and (K, N): on Hopper, where quack is installed, in
+    bf16, for many rows, short and contiguous, and whole tiles of columns. Blackwell was not
+    measured."""
     rows, inner, columns = *a.shape, b.shape[1]
     return (
         QUACK_INSTALLED
@@ -62,7 +63,7 @@ def tile_of(columns: int) -> tuple[int, int] | None:
 
 @torch.library.custom_op("longspan::product", mutates_args=())
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times (K, N), where `quack_serves`; without a derivative, which is in the graph."""
+    """(M, K) times (K, N), where `quack_is_faster`. No derivative: a compiled graph has its own."""
     from quack.gemm_config import GemmConfig
     from quack.gemm_interface import gemm_tuned
 

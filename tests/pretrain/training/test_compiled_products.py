@@ -15,7 +15,7 @@ from pretrain.training.compiled_products import (
     ENOUGH_ROWS,
     SHORT,
     product,
-    quack_serves,
+    quack_is_faster,
     tile_of,
 )
 
@@ -66,7 +66,7 @@ class Model(nn.Module):
 def test_compiled_blocks_give_it_what_it_serves_forward_and_backward(
     quack_by_definition: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "quack_serves", lambda a, b: a.shape[0] == 10)
+    monkeypatch.setattr(module, "quack_is_faster", lambda a, b: a.shape[0] == 10)
     torch.manual_seed(0)
     model, x = Model(192, 384), torch.randn(2, 5, 192, requires_grad=True)
     leaves = [x, *model.parameters()]
@@ -114,7 +114,7 @@ def serves(
     a, b = torch.empty(rows, inner, dtype=dtype), torch.empty(inner, columns, dtype=dtype)
     if turned:
         a = torch.empty(inner, rows, dtype=dtype).T
-    return quack_serves(a.as_subclass(OnGPU), b)
+    return quack_is_faster(a.as_subclass(OnGPU), b)
 
 
 @pytest.mark.usefixtures("installed_on_hopper")
@@ -127,7 +127,8 @@ def test_it_serves_many_short_rows_and_whole_tiles() -> None:
     assert not serves(columns=64)
     assert not serves(dtype=torch.float32)
     assert not serves(turned=True)
-    assert not quack_serves(torch.empty(ENOUGH_ROWS, 8).bfloat16(), torch.empty(8, 128).bfloat16())
+    on_cpu = torch.empty(ENOUGH_ROWS, 8).bfloat16(), torch.empty(8, 128).bfloat16()
+    assert not quack_is_faster(*on_cpu)
 
 
 @pytest.mark.usefixtures("installed_on_hopper")
@@ -154,7 +155,7 @@ def test_products_of_a_compiled_block_equal_the_definition(
     """quack's on Hopper, where it is installed; cuBLAS's elsewhere."""
     served = []
     monkeypatch.setattr(
-        module, "quack_serves", lambda a, b: served.append(quack_serves(a, b)) or served[-1]
+        module, "quack_is_faster", lambda a, b: served.append(quack_is_faster(a, b)) or served[-1]
     )
     torch._dynamo.reset()
     torch.manual_seed(0)
