@@ -130,7 +130,7 @@ def through_deepspeed(
     for tokens in clock.steps(random_tokens(m, clock.device), check):
         loss = model.loss(tokens)
         engine.backward(loss / m.tokens)
-        norm, _ = take_step(engine)
+        norm, _ = take_step(engine, config.optim.grad_clip)
         model.after_step()
         seen = seen or [loss.detach(), norm]
     return facts

@@ -118,7 +118,8 @@ def deepspeed_config(
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps,
-        "gradient_clipping": config.optim.grad_clip,
+        # At stage 0 `take_step` clips: DeepSpeed takes one parameter after the other.
+        "gradient_clipping": config.optim.grad_clip if config.zero.stage else 0.0,
         "steps_per_print": sys.maxsize,  # our own console line reports
         # Its stopwatch waits for the device twice per micro-batch. (deepspeed/utils/timer.py)
         "timers": {"throughput": {"enabled": False}},
@@ -189,6 +190,9 @@ def build_engine(
         optimizer=optimizer,
         config=deepspeed_config(config, world.size, universal=universal),
     )
+    if world.size == 1 and config.zero.stage == 0:
+        # There is nothing to sum, and DeepSpeed would copy every gradient into a buffer and back.
+        engine.enable_backward_allreduce = False
     for buffer in model.buffers():  # DeepSpeed broadcasts parameters at initialize, never buffers
         dist.broadcast(buffer, 0)
     if config.train.cuda_graphs:
@@ -259,11 +263,15 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[Tensor | float, bool]:
+def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tensor | float, bool]:
     """Optimizer step on the accumulated gradients, skipped on all ranks when they are not finite.
 
-    Stages 1 to 3 skip by themselves and compute the norm; stage 0 does neither, and one NaN would
-    reach every weight.
+    Stages 1 to 3 clip and skip by themselves and compute the norm; stage 0 does not skip, and one
+    NaN would reach every weight.
+
+    Args:
+        engine: behind the backward of a step's last micro-batch.
+        grad_clip: largest norm of the gradients, as in `deepspeed_config`; 0: any.
 
     Returns:
         The global gradient norm before clipping, and whether the step was applied.
@@ -274,9 +282,14 @@ def take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[Tensor | float, bool]:
             return float("inf"), False
         return engine.get_global_grad_norm(), True
     # At the boundary, stage 0's gradients are already averaged over ranks: the norm is global.
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    for parameter in parameters:  # as where DeepSpeed sums: no part in the loss is a gradient of 0
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if torch.isfinite(norm):
+        if grad_clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
         engine.step()
         return norm, True
     engine.zero_grad()

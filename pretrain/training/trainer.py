@@ -210,7 +210,7 @@ class Trainer:
                 engine.step()  # counts the micro-batch; no update before the last one
         self.window[2] += valid
         self.window_steps += 1
-        self.grad_norm, applied = take_step(engine)
+        self.grad_norm, applied = take_step(engine, config.optim.grad_clip)
         if applied and statistics:
             for name in sorted(statistics):
                 dist.all_reduce(statistics[name])

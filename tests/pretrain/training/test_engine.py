@@ -2,7 +2,9 @@
 
 import ast
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from pretrain.training.engine import (
     autocast,
     build_engine,
     deepspeed_config,
+    take_step,
     verify_compiled,
 )
 
@@ -41,6 +44,35 @@ def test_batch_triple_and_clipping_are_always_explicit() -> None:
     micro, accumulation, batch = (generated[key] for key in triple)
     assert micro * accumulation * 2 == batch == 8192 // 512
     assert generated["gradient_clipping"] == 0.0  # omitted, DeepSpeed clips at 1.0
+
+
+@pytest.mark.parametrize(("stage", "clipping"), [(0, 0.0), (1, 0.7), (3, 0.7)])
+def test_deepspeed_clips_where_take_step_does_not(stage: int, clipping: float) -> None:
+    config = config_with(stage=stage)
+    config.optim.grad_clip = 0.7
+    assert deepspeed_config(config, world_size=1)["gradient_clipping"] == clipping
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 0.1, 1e9])
+def test_stage_0_takes_torchs_clipped_step(grad_clip: float) -> None:
+    """Of a parameter without a part in the loss, too, as DeepSpeed between two processes."""
+    torch.manual_seed(0)
+    ours = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)})
+    torchs, x = deepcopy(ours), torch.randn(5, 3)
+    ours_step, torchs_step = (
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5).step
+        for model in (ours, torchs)
+    )
+    ours["used"](x).square().sum().backward()
+    engine = SimpleNamespace(module=ours, zero_optimization_stage=lambda: 0, step=ours_step)
+    norm, applied = take_step(engine, grad_clip)
+    assert applied
+
+    (torchs["used"](x).square().sum() + 0 * torchs["unused"](x).sum()).backward()
+    want = nn.utils.clip_grad_norm_(torchs.parameters(), grad_clip or torch.inf)
+    torchs_step()
+    torch.testing.assert_close(norm, want)
+    torch.testing.assert_close(list(ours.parameters()), list(torchs.parameters()))
 
 
 def test_deepspeed_does_not_wait_for_the_device_to_time_itself() -> None:
@@ -81,6 +113,17 @@ def test_complex_parameter_is_refused() -> None:
     world = World(0, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"'rates' is torch\.complex64: ZeRO drops imaginary"):
         build_engine(RunConfig(), Complex(), world)
+
+
+@pytest.mark.parametrize(("stage", "size", "sums"), [(0, 1, False), (0, 2, True), (1, 1, True)])
+def test_one_process_at_stage_0_has_nothing_to_sum(
+    stage: int, size: int, sums: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(enable_backward_allreduce=True)
+    monkeypatch.setattr(engine.deepspeed, "initialize", lambda **_: (found, None))
+    config = config_with(stage=stage)
+    build_engine(config, nn.Linear(2, 2), World(0, size, torch.device("cpu")))
+    assert found.enable_backward_allreduce == sums
 
 
 def test_many_kinds_of_layers_all_stay_compiled() -> None:
