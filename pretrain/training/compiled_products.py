@@ -17,7 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from pretrain.ops.swiglu_quack import QUACK_INSTALLED
 
-ENOUGH_ROWS = 2**15  # of 192: ten for each of 132 multiprocessors, at outputs of 1,024
+ENOUGH_TILES = 1320  # ten for each of 132 multiprocessors: the last round may be half empty
 SHORT = 1536
 
 
@@ -39,16 +39,17 @@ def quack_is_faster(a: Tensor, b: Tensor) -> bool:
     bf16, for many rows, short and contiguous, and whole tiles of columns. Blackwell was not
     measured."""
     rows, inner, columns = *a.shape, b.shape[1]
+    tile = tile_of(columns)
     return (
         QUACK_INSTALLED
         and a.is_cuda
         and a.dtype == b.dtype == torch.bfloat16
         and a.stride() == (inner, 1)
         and b.stride() in ((columns, 1), (1, inner))
-        and rows >= ENOUGH_ROWS
         and inner <= SHORT
         and inner % 8 == 0
-        and tile_of(columns) is not None
+        and tile is not None
+        and rows // tile[0] * (columns // tile[1]) >= ENOUGH_TILES
         and torch.cuda.get_device_capability(a.device)[0] == 9
     )
 

@@ -12,7 +12,7 @@ from pretrain.ops.swiglu_quack import QUACK_INSTALLED
 from pretrain.training import compiled_products as module
 from pretrain.training.compiled_blocks import compile_blocks
 from pretrain.training.compiled_products import (
-    ENOUGH_ROWS,
+    ENOUGH_TILES,
     SHORT,
     product,
     quack_is_faster,
@@ -104,6 +104,9 @@ def installed_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
+ENOUGH_ROWS = 192 * ENOUGH_TILES  # for one tile of 128 columns
+
+
 def serves(
     rows: int = ENOUGH_ROWS,
     inner: int = 8,
@@ -120,7 +123,9 @@ def serves(
 @pytest.mark.usefixtures("installed_on_hopper")
 def test_it_serves_many_short_rows_and_whole_tiles() -> None:
     assert serves()
-    assert serves(inner=SHORT, columns=192)
+    assert serves(inner=SHORT)
+    assert serves(rows=128 * ENOUGH_TILES, columns=192)
+    assert serves(rows=ENOUGH_ROWS // 8, columns=1024)
     assert not serves(rows=ENOUGH_ROWS - 1)
     assert not serves(inner=SHORT + 8)
     assert not serves(inner=12)
@@ -160,7 +165,7 @@ def test_products_of_a_compiled_block_equal_the_definition(
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model(1024, columns).cuda()
-    x = torch.randn(2, ENOUGH_ROWS // 2 + 8, 1024, device="cuda", requires_grad=True)
+    x = torch.randn(2, 2**14 + 8, 1024, device="cuda", requires_grad=True)
     leaves = [x, *model.parameters()]
     weights = torch.randn(*x.shape[:2], columns, device="cuda")
     exact = x.double() @ model.blocks[0].projection.weight.double().T
