@@ -54,8 +54,8 @@ class Peer:
     def check_causal(self) -> None:
         """Raises ValueError when other tokens later on change what comes before them.
 
-        In fp32 where they may change its rounding: 24 of Mega-pytorch's layers, whose weights begin
-        with a standard deviation of 1, make 0.8 of what that is in bf16.
+        In fp32 where they may change its rounding: in bf16 that grows to 0.8 of the hidden states
+        in 24 of Mega-pytorch's layers, whose weights begin with a standard deviation of 1.
         """
         tokens = self._random_tokens(1, self.length)
         kind = tokens.device.type

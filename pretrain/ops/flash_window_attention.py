@@ -45,42 +45,20 @@ def flash_window_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Signature and meaning of `window_attention`, for the reach "window" without a bias, and where
-    `flash_serves`."""
-    assert reach == "window"
+    """Signature and meaning of `window_attention`, where `flash_serves`, without a bias: for the
+    reach "window", and for "own" on whole blocks, each of which is a sequence then."""
     assert bias is None
     length, cached = q.shape[1], k.shape[1] - q.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if reach == "own":  # where documents begin changes nothing
+        assert offset == cached == length % block_size == 0
+        blocks = (x.unflatten(1, (-1, block_size)).flatten(0, 1) for x in (q, k, v))
+        return flash_window(*blocks, None, None, block_size, scale)[0].view(q.shape)
+    assert reach == "window"
     q_starts = k_starts = None
     if fresh is not None and (cached or fresh.shape[1] > 1):
         q_starts, k_starts = document_starts(length, cached, block_size, offset, fresh)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return flash_window(q, k, v, q_starts, k_starts, block_size, scale)[0]
-
-
-def flash_block_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    block_size: int,
-    reach: str,
-    offset: int = 0,
-    fresh: Tensor | None = None,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Signature and meaning of `window_attention`, for the reach "own" and whole blocks without a
-    bias, and where `flash_serves`: each block is a sequence of its own, all of it in the window.
-    What documents begin (`fresh`) changes nothing."""
-    assert reach == "own"
-    assert bias is None
-    assert offset == 0
-    assert q.shape[1] == k.shape[1]
-    assert q.shape[1] % block_size == 0
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    blocks = (x.unflatten(1, (-1, block_size)).flatten(0, 1) for x in (q, k, v))
-    y, _ = flash_window(*blocks, None, None, block_size, scale)
-    return y.view(q.shape)
 
 
 def document_starts(

@@ -22,11 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.ops.flash_window_attention import (
-    flash_block_attention,
-    flash_serves,
-    flash_window_attention,
-)
+from pretrain.ops.flash_window_attention import flash_serves, flash_window_attention
 from pretrain.ops.flex_window_attention import TILE, flex_window_attention
 from pretrain.ops.masked_attention import masked_attention
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -73,11 +69,9 @@ def window_attention(
     form = _window_attention_matmul if q.device.type == "cpu" else window_attention_sdpa
     if q.device.type == "cuda" and q.shape[1] >= TILE:  # below, nothing can be skipped
         form = flex_window_attention
-        if bias is None and flash_serves(q):
-            if reach == "window":
-                form = flash_window_attention
-            elif reach == "own" and not (offset or q.shape[1] % block_size or block_size % TILE):
-                form = flash_block_attention
+        whole = not (offset or q.shape[1] % block_size or block_size % TILE)
+        if bias is None and flash_serves(q) and (reach == "window" or (reach == "own" and whole)):
+            form = flash_window_attention
     return form(
         q,
         k,

@@ -24,11 +24,9 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     """
     torch._dynamo.config.recompile_limit = 64
     add_loop_barriers()
-    options: dict[str, Any] = {}
-    if backend == "inductor":
-        options["options"] = {"post_grad_custom_post_pass": QuackProducts()}
+    options = {"post_grad_custom_post_pass": QuackProducts()} if backend == "inductor" else None
     for module in (*model.blocks, model.norm):  # type: ignore[misc]
-        module.compile(backend=backend, dynamic=False, **options)
+        module.compile(backend=backend, dynamic=False, options=options)
 
 
 def compiled_error(

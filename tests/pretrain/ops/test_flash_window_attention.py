@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from pretrain.ops import flash_window_attention as module
 from pretrain.ops.flash_window_attention import (
     document_starts,
-    flash_block_attention,
     flash_serves,
     flash_window,
     flash_window_attention,
@@ -99,7 +98,7 @@ def test_the_operator_is_the_definition_where_flash_does_what_it_says(
 @pytest.mark.usefixtures("plain_flash")
 @pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
 def test_blocks_are_the_definition_where_flash_does_what_it_says(flags: bool) -> None:
-    compare(flash_block_attention, False, flags, (20, 4, 2, 8), torch.float32, "cpu", "own")
+    compare(flash_window_attention, False, flags, (20, 4, 2, 8), torch.float32, "cpu", "own")
 
 
 @pytest.mark.usefixtures("plain_flash")

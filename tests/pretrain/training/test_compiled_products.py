@@ -1,4 +1,4 @@
-"""Compiled blocks give quack the products that it serves, and what comes out is the same."""
+"""Compiled blocks give quack the products that it makes faster, and they come out the same."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -63,7 +63,7 @@ class Model(nn.Module):
         return self.norm(self.blocks[0](x))
 
 
-def test_compiled_blocks_give_it_what_it_serves_forward_and_backward(
+def test_compiled_blocks_give_it_what_it_makes_faster_forward_and_backward(
     quack_by_definition: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "quack_is_faster", lambda a, b: a.shape[0] == 10)
@@ -79,7 +79,7 @@ def test_compiled_blocks_give_it_what_it_serves_forward_and_backward(
         got = model(x)
         found = torch.autograd.grad((got * weights).sum(), leaves)
     torch.testing.assert_close([got, *found], [want, *gradients])
-    # The weight's gradient is a product of (384, 10), which it does not serve.
+    # The weight's gradient is a product of (384, 10), which it is not given.
     shapes = [((10, 192), (192, 384)), ((10, 384), (384, 192))]
     assert quack_by_definition == [(*shape, 128, 192) for shape in shapes]
 
@@ -107,7 +107,7 @@ def installed_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 ENOUGH_ROWS = 192 * ENOUGH_TILES  # for one tile of 128 columns
 
 
-def serves(
+def is_faster(
     rows: int = ENOUGH_ROWS,
     inner: int = 8,
     columns: int = 128,
@@ -121,17 +121,17 @@ def serves(
 
 
 @pytest.mark.usefixtures("installed_on_hopper")
-def test_it_serves_many_short_rows_and_whole_tiles() -> None:
-    assert serves()
-    assert serves(inner=SHORT)
-    assert serves(rows=128 * ENOUGH_TILES, columns=192)
-    assert serves(rows=ENOUGH_ROWS // 8, columns=1024)
-    assert not serves(rows=ENOUGH_ROWS - 1)
-    assert not serves(inner=SHORT + 8)
-    assert not serves(inner=12)
-    assert not serves(columns=64)
-    assert not serves(dtype=torch.float32)
-    assert not serves(turned=True)
+def test_it_is_for_many_short_rows_and_whole_tiles() -> None:
+    assert is_faster()
+    assert is_faster(inner=SHORT)
+    assert is_faster(rows=128 * ENOUGH_TILES, columns=192)
+    assert is_faster(rows=ENOUGH_ROWS // 8, columns=1024)
+    assert not is_faster(rows=ENOUGH_ROWS - 1)
+    assert not is_faster(inner=SHORT + 8)
+    assert not is_faster(inner=12)
+    assert not is_faster(columns=64)
+    assert not is_faster(dtype=torch.float32)
+    assert not is_faster(turned=True)
     on_cpu = torch.empty(ENOUGH_ROWS, 8).bfloat16(), torch.empty(8, 128).bfloat16()
     assert not quack_is_faster(*on_cpu)
 
@@ -145,11 +145,11 @@ def test_it_serves_many_short_rows_and_whole_tiles() -> None:
     ],
     ids=["not installed", "Blackwell"],
 )
-def test_it_serves_nowhere_else(
+def test_it_is_for_nothing_else(
     place: Any, name: str, found: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(place, name, found)
-    assert not serves()
+    assert not is_faster()
 
 
 @pytest.mark.gpu
