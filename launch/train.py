@@ -32,6 +32,7 @@ from pretrain.config import (
 )
 from pretrain.config_problems import launcher_world_size
 from pretrain.models import LanguageModelConfig, build_model
+from pretrain.ops.kernel_packages import describe_missing
 from pretrain.training.catalogue import catalogue, describe_catalogue
 from pretrain.training.checkpoint import checkpoint_bytes
 from pretrain.training.engine import deepspeed_config, start_process_group
@@ -113,6 +114,7 @@ def set_up(arguments: list[str]) -> Trainer | None:
         changed = differences(config, before).items() if before else []
         lines = [f"changed   {key}: {old} -> {new}" for key, (old, new) in changed]
         screen = first_screen(config, world_size, data.description)
+        lines += [f"kernels   {missing}" for missing in describe_missing(world.device)]
         say(config.run_dir, "\n".join([screen, *lines]) + "\n")
     evaluate = data.validation(world) if data.validation else None
     trainer = Trainer(config, model, data.loader, world, data.facts, evaluate=evaluate)

@@ -9,14 +9,15 @@ keys, where they lie as they are. How many sequences there are does not depend o
 where no document begins makes an empty one.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLASH_INSTALLED = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+from pretrain.ops.kernel_packages import is_installed
+
+FLASH_INSTALLED = is_installed("flash-attn-4")
 
 
 def flash_serves(q: Tensor) -> bool:

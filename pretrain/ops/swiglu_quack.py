@@ -12,16 +12,16 @@ quack 0.6.5 has to lie in a directory called site-packages or dist-packages: in 
 with "no fail-closed semantic key", because it takes CuteDSL's functions for a user's own.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.ops.kernel_packages import is_installed
 from pretrain.ops.numerics import matmul_dtype
 
-QUACK_INSTALLED = find_spec("quack") is not None
+QUACK_INSTALLED = is_installed("quack-kernels")
 
 # Below 1,152 some of 132 multiprocessors have no tile of 128 x 192 (F 2,752); cuBLAS has smaller.
 ENOUGH_TOKENS = 2048

@@ -5,11 +5,13 @@ import platform
 import socket
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from pretrain.ops.kernel_packages import VERSIONS as KERNEL_PACKAGES
 
 if TYPE_CHECKING:  # Evaluation asks for the commit, and need not wait for DeepSpeed's import.
     from pretrain.training.engine import World
@@ -40,7 +42,17 @@ def describe_environment(world: "World") -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: version(name) for name in ("torch", "deepspeed", "numpy")},
+        # Kernels come from these where they are installed, and round in their own ways.
+        **{name: installed_version(name) for name in ("triton", *KERNEL_PACKAGES)},
     }
+
+
+def installed_version(name: str) -> str:
+    """Of a distribution; "" where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def visible_gpus() -> list[str]:

@@ -1,13 +1,16 @@
 """The starts of sequences say what the definition's mask says, and the operator what it returns."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from pretrain.ops import flash_window_attention as module
+from pretrain.ops import window_attention as choosing
 from pretrain.ops.flash_window_attention import (
     document_starts,
     flash_serves,
@@ -15,7 +18,7 @@ from pretrain.ops.flash_window_attention import (
     flash_window_attention,
 )
 from pretrain.ops.window_attention import window_attention, window_attention_naive
-from tests.pretrain.ops.plain_flash import plain_flash, runs, visible  # noqa: F401, a fixture
+from tests.pretrain.ops.plain_flash import on_hopper, runs, visible
 
 # fp32: order of summation. bf16: 8 bits, and weights rounded before they meet the values.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -90,9 +93,10 @@ def compare(
 @pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("carried", [False, True], ids=["no cache", "cache"])
 def test_the_operator_is_the_definition_where_flash_does_what_it_says(
-    carried: bool, flags: bool
+    carried: bool, flags: bool, flash_calls: list[int]
 ) -> None:
     compare(flash_window_attention, carried, flags, (19, 4, 2, 8), torch.float32, "cpu")
+    assert flash_calls
 
 
 @pytest.mark.usefixtures("plain_flash")
@@ -156,11 +160,49 @@ def test_it_serves_nowhere_else(
     assert not flash_serves(narrow)
 
 
+class OnGPU(Tensor):
+    device = torch.device("cuda")
+
+
+@pytest.mark.usefixtures("installed_on_hopper")
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, "flash"),
+        ({"offset": 3}, "flash"),
+        ({"fresh": torch.zeros(1, 1, dtype=torch.bool)}, "flash"),
+        ({"reach": "own"}, "flash"),
+        ({"reach": "own", "length": 300}, "flex"),
+        ({"reach": "own", "offset": 3}, "flex"),
+        ({"reach": "own", "block_size": 64}, "flex"),
+        ({"reach": "own_and_previous"}, "flex"),
+        ({"bias": torch.zeros(1, 128)}, "flex"),
+        ({"dtype": torch.float32}, "flex"),
+        ({"length": choosing.TILE - 1}, "sdpa"),
+    ],
+    ids=str,
+)
+def test_which_kernels_windows_take_on_hopper(
+    options: dict[str, Any], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("flash_window_attention", "flex_window_attention", "window_attention_sdpa")
+    found = []
+    for name in names:
+        monkeypatch.setattr(choosing, name, lambda *a, name=name, **more: found.append(name))
+    options = {"length": 256, "dtype": torch.bfloat16, "block_size": 128, **options}
+    options.setdefault("reach", "window")
+    q = torch.zeros(1, options.pop("length"), 1, 64, dtype=options.pop("dtype"))
+    window_attention(q.as_subclass(OnGPU), q, q, **options)
+    assert [taken in name for name in names] == [[name] == found for name in names]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("carried", [False, True], ids=["no cache", "cache"])
-def test_what_a_gpu_takes_equals_the_definition(carried: bool, flags: bool, compiled: bool) -> None:
+def test_what_a_gpu_takes_equals_the_definition(
+    carried: bool, flags: bool, compiled: bool, flash_calls: list[int]
+) -> None:
     """These kernels on Hopper, with flash-attn-4 installed; FlexAttention elsewhere."""
     torch._dynamo.reset()
     form = window_attention
@@ -168,12 +210,15 @@ def test_what_a_gpu_takes_equals_the_definition(carried: bool, flags: bool, comp
         form = torch.compile(form, fullgraph=True, dynamic=False)
     for width in (64, 128):
         compare(form, carried, flags, (403, 96, 2, width), torch.bfloat16, "cuda")
+    assert bool(flash_calls) == (module.FLASH_INSTALLED and on_hopper())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("length", [1024, 1000], ids=["whole blocks", "a part"])
-def test_blocks_that_a_gpu_takes_equal_the_definition(length: int, compiled: bool) -> None:
+def test_blocks_that_a_gpu_takes_equal_the_definition(
+    length: int, compiled: bool, flash_calls: list[int]
+) -> None:
     """As above, of whole blocks; parts of blocks by FlexAttention."""
     torch._dynamo.reset()
     form = window_attention
@@ -181,3 +226,4 @@ def test_blocks_that_a_gpu_takes_equal_the_definition(length: int, compiled: boo
         form = torch.compile(form, fullgraph=True, dynamic=False)
     for width in (64, 128):
         compare(form, False, False, (length, 256, 2, width), torch.bfloat16, "cuda", "own")
+    assert bool(flash_calls) == (module.FLASH_INSTALLED and on_hopper() and length == 1024)

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from pretrain.ops import projected_window as module
+from pretrain.ops.flash_window_attention import FLASH_INSTALLED
 from pretrain.ops.projected_window import (
     flash_projected_window_attention,
     projected_window_attention,
     projected_window_backward,
 )
 from pretrain.ops.qkv_heads import prepare_qkv_naive
-from pretrain.ops.window_attention import window_attention_naive
-from tests.pretrain.ops.plain_flash import plain_flash  # noqa: F401, a fixture
+from pretrain.ops.window_attention import TILE, window_attention_naive
+from tests.pretrain.ops.plain_flash import on_hopper
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -150,13 +151,59 @@ def test_a_stream_goes_on_from_what_was_kept() -> None:
     torch.testing.assert_close(torch.cat([first, second], 1), whole)
 
 
+class OnGPU(Tensor):
+    is_cuda = True
+    device = torch.device("cuda")
+
+
+class HalvesTaken(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "joined"),
+    [
+        ({}, True),
+        ({"scale": None}, True),
+        ({"base": None}, True),
+        ({"scale": None, "base": None}, False),
+        ({"cache": (torch.zeros(1, 4, 1, 64),) * 2}, False),
+        ({"bias": torch.zeros(1, 128)}, False),
+        ({"length": TILE - 1}, False),
+        ({"dtype": torch.float32}, False),
+    ],
+    ids=str,
+)
+def test_which_form_a_hopper_takes(
+    options: dict[str, Any], joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halves(*arguments: Any, **more: Any) -> None:
+        raise HalvesTaken
+
+    monkeypatch.setattr("pretrain.ops.flash_window_attention.FLASH_INSTALLED", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(module, "flash_projected_window_attention", lambda qkv, **more: "joined")
+    monkeypatch.setattr(module, "prepare_qkv", halves)
+    options = {"scale": torch.ones(1), "base": 100.0, "block_size": 128, **options}
+    shape = 1, options.pop("length", TILE), 3, 1, 64
+    qkv = torch.zeros(shape, dtype=options.pop("dtype", torch.bfloat16)).as_subclass(OnGPU)
+    if joined:
+        assert projected_window_attention(qkv, **options) == "joined"
+    else:
+        with pytest.raises(HalvesTaken):
+            projected_window_attention(qkv, **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", GPU_CASES)
-def test_what_a_gpu_takes_equals_the_definition(name: str, compiled: bool) -> None:
+def test_what_a_gpu_takes_equals_the_definition(
+    name: str, compiled: bool, flash_calls: list[int]
+) -> None:
     """The operators on Hopper, with flash-attn-4 installed; their two halves elsewhere."""
     torch._dynamo.reset()
     form = module.projected_window_attention
     if compiled:
         form = torch.compile(form, fullgraph=True, dynamic=False)
     check(form, GPU_CASES[name], torch.bfloat16, "cuda")
+    assert bool(flash_calls) == (FLASH_INSTALLED and on_hopper())
