@@ -102,7 +102,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 
 def choose_device(name: str) -> "torch.device":
-    """`auto`: the GPU when there is one.
+    """`auto`: the GPU when there is one. A GPU with an index becomes the current one.
 
     Raises:
         ValueError: torch does not know the device, or it is not there.
@@ -116,7 +116,25 @@ def choose_device(name: str) -> "torch.device":
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name} cannot be used ({error}); use auto or cpu") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels, events and streams go to the current one
     return device
+
+
+def first_device(name: str) -> "torch.device":
+    """`choose_device` for what runs in processes of its own, each of which takes the first GPU that
+    it sees.
+
+    Raises:
+        ValueError: there is no such device, or the name has an index.
+    """
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and index:
+        raise ValueError(
+            f"device={name}: processes take the first GPU that is visible to them; use device=cuda "
+            f"with CUDA_VISIBLE_DEVICES={index}"
+        )
+    return choose_device(name)
 
 
 def own_device(name: str) -> "torch.device":

@@ -23,7 +23,7 @@ from evals.lra.rows import ROWS
 from evals.lra.tasks import TASKS
 from evals.lra.train import TrainOptions
 from evals.trainings import run_all, write_table
-from pretrain.command_line import check_positive, choose, choose_device, parse, parse_rates
+from pretrain.command_line import check_positive, choose, first_device, parse, parse_rates
 
 BAD_INPUT = 2
 DATA_SEED = 0
@@ -88,7 +88,7 @@ def plan(arguments: LRAArguments) -> Experiment:
     if arguments.compile not in ("auto", "true", "false"):
         raise ValueError(f"compile={arguments.compile} is not known; use auto, true or false")
     rates = parse_rates(arguments.learning_rates)
-    device = choose_device(arguments.device).type
+    device = first_device(arguments.device).type
     compiled = device == "cuda" if arguments.compile == "auto" else arguments.compile == "true"
     data = Path(arguments.data or Path(arguments.out) / "data")
     hashes = prepare(

@@ -30,7 +30,7 @@ from evals.recall.tasks import (
 )
 from evals.recall.train import TrainOptions
 from evals.trainings import run_all, write_table
-from pretrain.command_line import check_positive, choose, choose_device, numbers, parse, parse_rates
+from pretrain.command_line import check_positive, choose, first_device, numbers, parse, parse_rates
 
 BAD_INPUT = 2
 
@@ -145,7 +145,7 @@ def plan(arguments: RecallArguments) -> tuple[Experiment, bool]:
         options=TrainOptions(
             steps=steps, batch_size=batch_size, test_lengths=tuple(sorted(lengths))
         ),
-        device=choose_device(arguments.device).type,
+        device=first_device(arguments.device).type,
     )
     return experiment, preset.bars
 

@@ -38,7 +38,7 @@ from evals.throughput import report
 from evals.throughput.machine import describe_machine
 from evals.throughput.processes import Result, compile_all, result_of
 from evals.throughput.settings import LOOPS, PEERS, PRECISIONS, Measurement
-from pretrain.command_line import choose_device, numbers, parse
+from pretrain.command_line import first_device, numbers, parse
 
 FAILED, BAD_INPUT = 1, 2
 AUTO_TOKENS = tuple(2**13 << doubling for doubling in range(5))
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     try:
         arguments = parse(ThroughputArguments, argv)
         groups = plan(arguments)
-        machine = describe_machine(choose_device(arguments.device))
+        machine = describe_machine(first_device(arguments.device))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -153,9 +153,11 @@ def plan(arguments: ThroughputArguments) -> list[list[Measurement]]:
             "compile_only=true with compile=false: nothing to do; leave one of them out"
         )
     if arguments.compile_workers < 1:
-        problems.append("compile_workers=0: must be at least 1")
-    if arguments.tokens != "auto" and numbers("tokens", arguments.tokens) == [0]:
-        problems.append("tokens=0: must be at least 1, or auto")
+        problems.append(f"compile_workers={arguments.compile_workers}: must be at least 1")
+    if arguments.tokens != "auto" and min(numbers("tokens", arguments.tokens)) < 1:
+        problems.append(f"tokens={arguments.tokens}: must be at least 1, or auto")
+    if arguments.zero_stage not in range(4):
+        problems.append(f"zero_stage={arguments.zero_stage}: use 0, 1, 2 or 3")
     if problems:
         raise ValueError("; ".join(problems))
     groups = [
@@ -173,7 +175,8 @@ def plan(arguments: ThroughputArguments) -> list[list[Measurement]]:
 def _sizes(
     arguments: ThroughputArguments, model: str, loop: str, length: int
 ) -> Iterator[Measurement]:
-    """Micro-batches of at least one sequence, each of them once."""
+    """Micro-batches of at least one sequence, each of them once; what does not reach a measurement
+    is not in it, so that the same one is known again in another command."""
     auto = arguments.tokens == "auto"
     totals = AUTO_TOKENS if auto else numbers("tokens", arguments.tokens)
     for batch_size in sorted({max(1, total // length) for total in totals}):
@@ -184,7 +187,7 @@ def _sizes(
             profile = str(folder / f"{Path(model).name}-{loop}-{length}x{batch_size}.txt")
         measurement = Measurement(
             model=model,
-            like=arguments.like or _words(arguments.models)[0],
+            like=(arguments.like or _words(arguments.models)[0]) if model in PEERS else "",
             vocab_size=arguments.vocab_size,
             length=length,
             batch_size=batch_size,
@@ -194,9 +197,9 @@ def _sizes(
             checkpointing=arguments.checkpointing,
             residual_in_fp32=arguments.residual_in_fp32,
             seconds=arguments.seconds,
-            device=choose_device(arguments.device).type,
+            device=first_device(arguments.device).type,
             profile=profile,
-            zero_stage=arguments.zero_stage,
+            zero_stage=Measurement.zero_stage if loop == "plain" else arguments.zero_stage,
         )
         measurement.config()  # refuses an unknown model before anything is measured
         yield measurement

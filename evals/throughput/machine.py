@@ -1,6 +1,8 @@
 """What a measurement ran on, found without opening the device, which would take memory of it."""
 
+import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 
@@ -34,14 +36,16 @@ class Machine:
     def describe(self) -> str:
         """One line."""
         gpu = f", driver {self.driver}, CUDA {self.cuda}" if self.driver else ""
-        return (
-            f"{self.device}{gpu}, torch {self.torch}, Python {self.python}, "
-            f"commit {self.commit[:12]}{'+changes' if self.commit.endswith('+changes') else ''}"
-        )
+        commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", self.commit)  # or why it is unknown
+        return f"{self.device}{gpu}, torch {self.torch}, Python {self.python}, commit {commit}"
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """The first GPU that is visible, or the processor."""
+    """The first GPU that is visible, or the processor.
+
+    Raises:
+        ValueError: nvidia-smi does not know that GPU.
+    """
     name, driver = platform.processor() or platform.machine(), ""
     if device.type == "cuda":
         name, driver = _nvidia_smi("name"), _nvidia_smi("driver_version")
@@ -57,6 +61,13 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def _nvidia_smi(field: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    return found.stdout.splitlines()[0].strip()
+    # GPUs of several kinds CUDA counts otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={field}", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise ValueError(
+            f"{' '.join(command)} failed ({(found.stdout + found.stderr).strip()}); begin "
+            f"CUDA_VISIBLE_DEVICES, where it is set, with an index or a whole UUID of nvidia-smi -L"
+        )
+    return found.stdout.strip()

@@ -25,7 +25,7 @@ from evals.throughput.machine import describe_machine
 from evals.throughput.op_jobs import Job, record_of, rows_of
 from evals.throughput.op_rows import OpRow, markdown
 from evals.throughput.settings import installed_versions, source_digest
-from pretrain.command_line import choose_device, numbers, parse
+from pretrain.command_line import first_device, numbers, parse
 
 BAD_INPUT = 2
 # Options that say which rows there are, and nothing about one of them.
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"{name}: no operator; use {', '.join(OPS)}")
         kind, jobs = OPS[name]
         options = parse(_with_common(kind), words)
-        device = choose_device(options.device)
+        device = first_device(options.device)
         machine = describe_machine(device)
         lengths = numbers("lengths", options.lengths)
     except (ValueError, OSError) as error:

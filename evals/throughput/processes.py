@@ -75,7 +75,7 @@ def compile_all(
     """
     # Loops differ in nothing that is compiled; a plain one needs no process group.
     wanted = dict.fromkeys(
-        replace(m, loop="plain", profile="")
+        replace(m, loop="plain", profile="", zero_stage=Measurement.zero_stage)
         for m in measurements
         if m.compile and not _path(m, out_dir, machine).exists()
     )

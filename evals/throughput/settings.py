@@ -2,11 +2,11 @@
 
 import hashlib
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig, load_config
+from pretrain.training.environment import installed_version
 
 PEERS = (
     *("llama", "llama_cudnn", "fla_swa", "fla_gla", "fla_mamba2", "mamba_ssm"),
@@ -29,7 +29,7 @@ class Measurement:
 
     Attributes:
         model: a file of configs/model, a path of such a file, or one of `PEERS`.
-        like: the model whose width, depth, heads and vocabulary a peer takes.
+        like: the model whose width, depth, heads and vocabulary a peer takes; "" for ours.
         vocab_size: entries of the vocabulary.
         length: tokens per sequence.
         batch_size: sequences per micro-batch; an optimizer step has one micro-batch.
@@ -41,7 +41,7 @@ class Measurement:
         seconds: of the device to be timed; 3 to 20 steps.
         device: "cuda" or "cpu".
         profile: file for a table of kernels by time in one more step; "" for none.
-        zero_stage: of the loops through DeepSpeed.
+        zero_stage: of the loops through DeepSpeed; in the plain one the default.
     """
 
     model: str
@@ -119,11 +119,4 @@ def source_digest() -> str:
 
 def installed_versions() -> dict[str, str]:
     """Of everything that results depend on; "" where it is not installed."""
-    return {name: _version(name) for name in DISTRIBUTIONS}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+    return {name: installed_version(name) for name in DISTRIBUTIONS}

@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> None:
     result = measure(job["settings"], compile_only=job["compile_only"])
     Path(arguments[1]).write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
-    os._exit(0)  # threads of compilers and of NCCL have nothing left to do; see engine.leave
+    # Threads of compilers and of NCCL have nothing left to do; see pretrain.training.leaving.leave.
+    os._exit(0)
 
 
 if __name__ == "__main__":

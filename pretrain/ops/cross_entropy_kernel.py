@@ -100,16 +100,17 @@ def softmax_residual_(logits: Tensor, targets: Tensor, mask: Tensor, nll: Tensor
     row = triton.next_power_of_2(logits.shape[1])
     in_registers = row * nll.element_size() <= ROW_BYTES
     kernel = _softmax_residual_of_row if in_registers else _softmax_residual
-    kernel[(len(logits),)](
-        logits,
-        targets,
-        mask,
-        nll,
-        factor,
-        logits.shape[1],
-        logits.stride(0),
-        WIDE=tl.float64 if nll.dtype == torch.float64 else tl.float32,
-        BLOCK=row if in_registers else BLOCK,
-        num_warps=min(32, max(1, row // 1024)) if in_registers else 16,
-    )
+    with torch.cuda.device_of(logits):
+        kernel[(len(logits),)](
+            logits,
+            targets,
+            mask,
+            nll,
+            factor,
+            logits.shape[1],
+            logits.stride(0),
+            WIDE=tl.float64 if nll.dtype == torch.float64 else tl.float32,
+            BLOCK=row if in_registers else BLOCK,
+            num_warps=min(32, max(1, row // 1024)) if in_registers else 16,
+        )
     return factor

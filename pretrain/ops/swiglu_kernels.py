@@ -48,7 +48,8 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, (..., F), of contiguous (..., 2F); computed in at least fp32."""
     width = gate_up.shape[-1] // 2
     hidden = gate_up.new_empty(*gate_up.shape[:-1], width)
-    _forward[_grid(hidden, width)](gate_up, hidden, width, WIDE=_wide(gate_up), BLOCK=BLOCK)
+    with torch.cuda.device_of(gate_up):
+        _forward[_grid(hidden, width)](gate_up, hidden, width, WIDE=_wide(gate_up), BLOCK=BLOCK)
     return hidden
 
 
@@ -56,9 +57,10 @@ def swiglu_backward(d_hidden: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of `gate_up`, (..., 2F), and silu(gate) * up, (..., F), from contiguous ones."""
     width = gate_up.shape[-1] // 2
     d_gate_up, hidden = torch.empty_like(gate_up), torch.empty_like(d_hidden)
-    _backward[_grid(d_hidden, width)](
-        d_hidden, gate_up, d_gate_up, hidden, width, WIDE=_wide(gate_up), BLOCK=BLOCK
-    )
+    with torch.cuda.device_of(gate_up):
+        _backward[_grid(d_hidden, width)](
+            d_hidden, gate_up, d_gate_up, hidden, width, WIDE=_wide(gate_up), BLOCK=BLOCK
+        )
     return d_gate_up, hidden
 
 

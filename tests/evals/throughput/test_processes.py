@@ -72,7 +72,8 @@ def test_each_kind_is_compiled_once_before_and_what_is_measured_is_not(
     eager = measurement(tmp_path, length=16)
     processes.result_of(long, tmp_path, MACHINE, 10)
     (tmp_path / "jobs").unlink()
-    every = [short, replace(short, loop="trainer"), long, eager]
+    others = replace(short, loop="trainer"), replace(short, loop="deepspeed", zero_stage=0)
+    every = [short, *others, long, eager]
     processes.compile_all(every, tmp_path, MACHINE, 10, workers=2)
     (job,) = map(json.loads, (tmp_path / "jobs").read_text().split("\n\n")[:-1])
     assert (job["settings"]["length"], job["compile_only"]) == (32, True)

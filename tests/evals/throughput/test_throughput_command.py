@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +120,25 @@ def test_the_stage_is_that_of_the_run(stage: int) -> None:
     assert plan(arguments)[0][0].config().zero.stage == stage
 
 
+def test_a_measurement_depends_on_nothing_that_does_not_reach_it() -> None:
+    def identity(model: str, **words: Any) -> dict[str, Any]:
+        every = [m for group in plan(Arguments(lengths="128", **words)) for m in group]
+        return next(m for m in every if m.model == model).identity("a GPU")
+
+    alone = identity("swa_tiny", models="swa_tiny")
+    assert identity("swa_tiny", models="bst_tiny,swa_tiny") == alone
+    assert identity("swa_tiny", models="swa_tiny", like="bst_tiny") == alone
+    assert identity("swa_tiny", models="swa_tiny", zero_stage=2) == alone
+    stages = [
+        identity("swa_tiny", models="swa_tiny", loops="deepspeed", zero_stage=stage)
+        for stage in (1, 2)
+    ]
+    assert stages[0] != stages[1]
+    peer = identity("llama", models="", peers="llama", like="swa_tiny")
+    assert identity("llama", models="swa_tiny", peers="llama", zero_stage=2) == peer
+    assert identity("llama", models="bst_tiny", peers="llama") != peer
+
+
 def test_auto_tries_every_size_once_smallest_first() -> None:
     groups = plan(Arguments(models="swa_tiny", lengths="32768", tokens="auto"))
     assert [m.batch_size for m in groups[0]] == [1, 2, 4]
@@ -135,10 +156,11 @@ def test_auto_tries_every_size_once_smallest_first() -> None:
         ("models=swa_tinny", "did you mean 'swa_tiny'"),
         ("models= peers=llama like=swa_tiny loops=trainer", "plain loop only"),
         ("tokens=many", "tokens=many"),
+        ("tokens=0,512", "tokens=0,512: must be at least 1, or auto"),
         ("seconds=0", "greater than 0"),
         ("residual_in_fp32=false precision=fp32", "there is none; use precision=bf16"),
         ("lengths=0", "at least 1"),
-        ("zero_stage=4", "zero.stage=4"),
+        ("zero_stage=4", "zero_stage=4: use 0, 1, 2 or 3"),
         ("compile_only=true compile=false", "leave one of them out"),
     ],
 )
@@ -147,6 +169,21 @@ def test_bad_words_are_refused_with_the_reason(
 ) -> None:
     assert main([*words.split(), "device=cpu"]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_too_few_workers_are_refused_by_their_number() -> None:
+    with pytest.raises(ValueError, match="compile_workers=-3: must be at least 1"):
+        plan(Arguments(models="swa_tiny", compile_workers=-3))
+
+
+@pytest.mark.parametrize("start", [main, lambda words: ops.main(["ssm", *words])])
+def test_the_index_of_a_gpu_is_refused_with_the_way_to_choose_one(
+    start: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(["device=cuda:1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: device=cuda:1: processes take the first GPU")
+    assert "use device=cuda with CUDA_VISIBLE_DEVICES=1" in told
 
 
 @pytest.mark.parametrize(
