@@ -9,6 +9,9 @@ keys, where they lie as they are. How many sequences there are does not depend o
 where no document begins makes an empty one.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from torch import Tensor
 from pretrain.ops.kernel_packages import is_installed
 
 FLASH_INSTALLED = is_installed("flash-attn-4")
+SUMMED_WIDTH = 128  # of heads whose summed gradients `write_gradients` can hand out
+_CALLING = threading.Lock()
 
 
 def flash_serves(q: Tensor) -> bool:
@@ -156,26 +161,49 @@ def write_gradients(
     block_size: int,
     scale: float,
     into: tuple[Tensor, ...],
-) -> None:
+    *,
+    summed: bool = False,
+) -> Tensor | None:
     """Fills `into`, three tensors like q, k and v, with their gradients. Heads may lie apart, rows
-    of a batch one behind the other."""
-    from flash_attn.cute.interface import _flash_attn_bwd
+    of a batch one behind the other.
+
+    With `summed`, of heads of `SUMMED_WIDTH` and without documents, that of q is left out, and
+    returned as FlashAttention has added it up: (B, H, 128 * T rounded up to 64), fp32, in the order
+    of `qkv_heads_kernels._place_in_sum`, and still without the factor `scale`.
+    """
+    from flash_attn.cute import interface
 
     if q_starts is not None:
         into = tuple(x.view(-1, *x.shape[2:]) for x in into)
     d_q, d_k, d_v = into
-    _flash_attn_bwd(
-        *_rows(q_starts, q, k, v, y, d_y.contiguous()),
-        sums,
-        cu_seqlens_q=q_starts,
-        cu_seqlens_k=k_starts,
-        softmax_scale=scale,
-        window_size_left=block_size - 1,
-        window_size_right=0,
-        dq=d_q,
-        dk=d_k,
-        dv=d_v,
-    )
+    with _CALLING, _kept_as_summed(interface, summed) as kept:
+        interface._flash_attn_bwd(
+            *_rows(q_starts, q, k, v, y, d_y.contiguous()),
+            sums,
+            cu_seqlens_q=q_starts,
+            cu_seqlens_k=k_starts,
+            softmax_scale=scale,
+            window_size_left=block_size - 1,
+            window_size_right=0,
+            dq=d_q,
+            dk=d_k,
+            dv=d_v,
+        )
+    return kept[0] if summed else None
+
+
+@contextmanager
+def _kept_as_summed(interface: Any, summed: bool) -> Iterator[list[Tensor]]:
+    """Holds what FlashAttention would convert next, the last kernel of its backward. There is no
+    argument for that: its function is another one meanwhile."""
+    kept: list[Tensor] = []
+    convert = interface._bwd_postprocess_convert
+    if summed:
+        interface._bwd_postprocess_convert = lambda total, *_, **__: kept.append(total)
+    try:
+        yield kept
+    finally:
+        interface._bwd_postprocess_convert = convert
 
 
 def _rows(starts: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:

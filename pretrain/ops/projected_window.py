@@ -4,9 +4,9 @@ Shapes: B batch, T queries, M cached keys in front of them, H heads, K head widt
 sequences of documents.
 
 Where FlashAttention-4 serves, one operator each way: its kernels write the gradient of the values
-into the joined tensor by which the projection's backward multiplies. By two operators, which all
-else takes, that gradient is copied there: a quarter of the bytes between attention's backward and
-that product.
+into the joined tensor by which the projection's backward multiplies, and that of the queries goes
+there from fp32, as they add it up. By two operators, which all else takes, the first is copied
+there, and the second converted on its way.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.flash_window_attention import (
+    SUMMED_WIDTH,
     document_starts,
     flash_serves,
     flash_window,
@@ -196,13 +197,26 @@ def projected_window_backward(
     from pretrain.ops.qkv_heads_kernels import prepare_heads_backward
 
     qkv = qkv.contiguous()
-    d_qkv, d_q, d_k = torch.empty_like(qkv), torch.empty_like(q), torch.empty_like(k)
-    into = d_q, d_k, d_qkv[:, :, 2]
+    d_qkv, d_k = torch.empty_like(qkv), torch.empty_like(k)
+    summed = q_starts is None and q.shape[3] == SUMMED_WIDTH
+    d_q = d_qkv[:, :, 0] if summed else torch.empty_like(q)
     saved = q, k, qkv[:, :, 2], y, sums, q_starts, k_starts
-    write_gradients(d_y, *saved, block_size, of_scores, into)
+    into = d_q, d_k, d_qkv[:, :, 2]
+    total = write_gradients(d_y, *saved, block_size, of_scores, into, summed=summed)
     count, normalize = d_last.shape[1], scale is not None
     also = d_last[:, :, 0].contiguous() if count else None
-    d_scale = prepare_heads_backward(d_q, None, qkv, d_qkv, 0, scale, cos, sin, normalize=normalize)
+    d_scale = prepare_heads_backward(
+        d_q if total is None else total,
+        None,
+        qkv,
+        d_qkv,
+        0,
+        scale,
+        cos,
+        sin,
+        normalize=normalize,
+        summed_times=None if total is None else of_scores,
+    )
     prepare_heads_backward(d_k, also, qkv, d_qkv, 1, None, cos, sin, normalize=normalize)
     if count:
         d_qkv[:, qkv.shape[1] - count :, 2] += d_last[:, :, 1]

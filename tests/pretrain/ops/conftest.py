@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from pretrain.ops import flash_window_attention as module
-from tests.pretrain.ops.plain_flash import plain_backward, plain_forward
+from tests.pretrain.ops.plain_flash import plain_backward, plain_convert, plain_forward
 
 
 @pytest.fixture
@@ -18,6 +18,7 @@ def plain_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     interface = sys.modules["flash_attn.cute.interface"]
     monkeypatch.setattr(interface, "_flash_attn_fwd", plain_forward, raising=False)
     monkeypatch.setattr(interface, "_flash_attn_bwd", plain_backward, raising=False)
+    monkeypatch.setattr(interface, "_bwd_postprocess_convert", plain_convert, raising=False)
 
 
 @pytest.fixture

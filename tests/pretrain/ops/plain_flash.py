@@ -1,5 +1,8 @@
 """FlashAttention-4's functions, as far as our operators call them, in torch for a CPU."""
 
+import sys
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -52,6 +55,27 @@ def plain_forward(
     return y, sums, None
 
 
+def register_order() -> Tensor:
+    """(64, 128) int64: where an element of a tile of the queries' gradients lies. Two groups of 128
+    threads have 64 x 64 of it each, as a product of their tensor cores leaves it in registers (PTX:
+    matrix fragments of wgmma's D); a group writes four registers of all its threads at a time."""
+    places = torch.empty(64, 128, dtype=torch.long)
+    for group, thread, register in product(range(2), range(128), range(32)):
+        warp, lane = divmod(thread, 32)
+        row = 16 * warp + lane // 4 + 8 * (register // 2 % 2)
+        column = 64 * group + 8 * (register // 4) + 2 * (lane % 4) + register % 2
+        four, one = divmod(register, 4)
+        places[row, column] = 4096 * group + 512 * four + 4 * thread + one
+    return places
+
+
+def plain_convert(total: Tensor, dq: Tensor, scale: float) -> None:
+    """(B, H, tiles * 64 * 128), in the order of registers -> (B, T, H, 128)."""
+    tiles = total.unflatten(-1, (-1, 64 * 128))[..., register_order().flatten()]
+    rows = tiles.unflatten(-1, (64, 128)).flatten(2, 3).transpose(1, 2)
+    dq.copy_(scale * rows[:, : dq.shape[1]])
+
+
 def plain_backward(
     q: Tensor,
     k: Tensor,
@@ -69,14 +93,25 @@ def plain_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
+    d_q = torch.full_like(q, torch.nan, dtype=torch.float32)
     for i, j in sequences(len(q), cu_seqlens_q, cu_seqlens_k):
         s = scores(q[i], k[j], softmax_scale, window_size_left, window_size_right)
         weights = (s - lse.transpose(-1, -2)[i].mT.unsqueeze(-1)).exp()
         dv[j] = torch.einsum("hts,thk->shk", weights, dout[i])
         along = (out[i] * dout[i]).sum(-1).mT.unsqueeze(-1)
-        d_s = weights * (torch.einsum("thk,shk->hts", dout[i], v[j]) - along) * softmax_scale
-        dq[i] = torch.einsum("hts,shk->thk", d_s, k[j])
-        dk[j] = torch.einsum("hts,thk->shk", d_s, q[i])
+        d_s = weights * (torch.einsum("thk,shk->hts", dout[i], v[j]) - along)
+        d_q[i] = torch.einsum("hts,shk->thk", d_s, k[j]).float()
+        dk[j] = torch.einsum("hts,thk->shk", d_s, q[i]) * softmax_scale
+    if cu_seqlens_q is not None or q.shape[-1] != 128:
+        dq.copy_(d_q * softmax_scale)
+        return
+    batch, length, heads, _ = q.shape
+    tiles = -(-length // 64)
+    total = torch.full((batch, heads, tiles, 64 * 128), torch.nan)
+    padded = torch.nn.functional.pad(d_q, (0, 0, 0, 0, 0, 64 * tiles - length), value=torch.nan)
+    total[..., register_order().flatten()] = padded.transpose(1, 2).reshape(total.shape)
+    interface = sys.modules["flash_attn.cute.interface"]
+    interface._bwd_postprocess_convert(total.flatten(2), dq, softmax_scale)
 
 
 def on_hopper() -> bool:

@@ -1,5 +1,6 @@
 """The starts of sequences say what the definition's mask says, and the operator what it returns."""
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor
 from pretrain.ops import flash_window_attention as module
 from pretrain.ops import window_attention as choosing
 from pretrain.ops.flash_window_attention import (
+    SUMMED_WIDTH,
     document_starts,
     flash_serves,
     flash_window,
     flash_window_attention,
+    write_gradients,
 )
 from pretrain.ops.window_attention import window_attention, window_attention_naive
-from tests.pretrain.ops.plain_flash import on_hopper, runs, visible
+from tests.pretrain.ops.plain_flash import on_hopper, plain_convert, runs, visible
 
 # fp32: order of summation. bf16: 8 bits, and weights rounded before they meet the values.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -103,6 +106,30 @@ def test_the_operator_is_the_definition_where_flash_does_what_it_says(
 @pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
 def test_blocks_are_the_definition_where_flash_does_what_it_says(flags: bool) -> None:
     compare(flash_window_attention, False, flags, (20, 4, 2, 8), torch.float32, "cpu", "own")
+
+
+@pytest.mark.usefixtures("plain_flash")
+def test_the_sum_of_the_queries_gradients_is_handed_out_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not converted; the next call, and one behind a failure, convert as ever."""
+    torch.manual_seed(0)
+    q, k, v, d_y, d_q, d_k, d_v = torch.randn(7, 2, 70, 3, SUMMED_WIDTH)
+    saved = d_y, q, k, v, *flash_window(q, k, v, None, None, 9, 0.5), None, None, 9, 0.5
+    assert write_gradients(*saved, (d_q, d_k, d_v)) is None
+    into = torch.full_like(q, torch.nan), torch.empty_like(k), torch.empty_like(v)
+    total = write_gradients(*saved, into, summed=True)
+    assert total is not None
+    assert into[0].isnan().all()
+    assert total.shape == (2, 3, 128 * 128)
+    plain_convert(total, into[0], 0.5)
+    torch.testing.assert_close(into, (d_q, d_k, d_v))
+
+    interface = sys.modules["flash_attn.cute.interface"]
+    monkeypatch.setattr(interface, "_flash_attn_bwd", lambda *a, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_gradients(*saved, into, summed=True)
+    assert interface._bwd_postprocess_convert is plain_convert
 
 
 @pytest.mark.usefixtures("plain_flash")

@@ -38,6 +38,9 @@ CASES = {
     "norms": Case(base=None),
     "fewer tokens than kept": Case(length=3, documents=True),
     "nothing kept": Case(keep=0),
+    "heads of 128": Case(83, 16, 3, 128, keep=16),
+    "heads of 128, positions": Case(64, 16, 1, 128, scaled=False, keep=0),
+    "heads of 128, documents": Case(83, 16, 3, 128, keep=16, documents=True),
 }
 GPU_CASES = {
     "heads of 64": Case(403, 96, 2, 64, keep=96),
