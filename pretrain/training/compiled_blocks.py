@@ -15,7 +15,8 @@ SHARE = 1e-3  # of all gradients: smaller ones, as of a bias that softmax ignore
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compiles each block, and the norm behind them, in place.
+    """Compiles each block, and the norm behind the last one, in place. That between an encoder and
+    its decoder, `encoder_norm`, stays eager.
 
     All blocks share the code of `Block.forward`, and with it the number of variants that torch
     compiles before it runs the rest eagerly for good: eight, but each kind of layer has one without
@@ -30,7 +31,13 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
 
 def compiled_error(
-    block: nn.Module, inputs: Sequence[Tensor], want: Tensor, got: Tensor, *, each: bool = False
+    block: nn.Module,
+    inputs: Sequence[Tensor],
+    want: Tensor,
+    got: Tensor,
+    *,
+    memory: Tensor | None = None,
+    each: bool = False,
 ) -> float:
     """The relative difference of what a block adds to the sum of its inputs, or of its derivatives
     if that is larger.
@@ -43,21 +50,23 @@ def compiled_error(
         inputs: what it was given, with gradients, all of one shape.
         want: what it made uncompiled, of the same shape.
         got: what it made compiled.
+        memory: what it read besides, with gradients, of any shape.
         each: compare each parameter's gradient by itself, as fp32 allows: inductor of torch 2.11
             was seen to make a single one wrong, 1 % of all. In bf16 single ones cancel, and all
             are compared as one.
     """
-    wanted, found = (_gradients(block, inputs, y) for y in (want, got))
-    below_wanted, below_found = (
-        torch.cat([gradients.pop() for _ in inputs]) for gradients in (wanted, found)
-    )
+    read = [] if memory is None else [memory]
+    wanted, found = (_gradients(block, [*inputs, *read], y) for y in (want, got))
+    below = [
+        [torch.cat([gradients.pop() for _ in given]) for gradients in (wanted, found)]
+        for given in (read, inputs)  # the last ones first
+        if given
+    ]
     total = torch.cat(wanted)
     pairs = list(zip(wanted, found, strict=True)) if each else [(total, torch.cat(found))]
     least = SHARE * total.norm().item()
     errors = [((b - a).norm() / a.norm().clamp(min=max(least, TINY))).item() for a, b in pairs]
-    errors.append(
-        ((below_found - below_wanted).norm() / below_wanted.norm().clamp(min=TINY)).item()
-    )
+    errors += [((b - a).norm() / a.norm().clamp(min=TINY)).item() for a, b in below]
     # What the block adds, not the residual stream it is added to.
     errors.append(((got - want).norm() / (want - sum(inputs)).norm().clamp(min=TINY)).item())
     return torch.tensor(errors).max().item()  # NaN if one is; Python's max would pass over it

@@ -155,9 +155,21 @@ def deepspeed_config(
 
 
 def build_engine(
-    config: RunConfig, model: nn.Module, world: World, *, universal: bool = False
+    config: RunConfig,
+    model: nn.Module,
+    world: World,
+    *,
+    target_length: int = 0,
+    universal: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
-    """Wraps `model` (fp32, on any device) into a DeepSpeed engine with AdamW on `world.device`.
+    """Wraps `model` into a DeepSpeed engine with AdamW on `world.device`.
+
+    Args:
+        config: of the run.
+        model: fp32, on any device.
+        world: this rank.
+        target_length: tokens of a row's targets in encoder-decoder training, else 0.
+        universal: see `deepspeed_config`.
 
     Raises:
         ValueError: for a complex parameter: ZeRO-1 and -2 would silently drop its imaginary part;
@@ -178,7 +190,7 @@ def build_engine(
     keep_states(model, config.train.carry_state)
     if config.train.compile:
         compile_blocks(model)  # before initialize: ZeRO's hooks then wrap compiled blocks
-        verify_compiled(model, config, world.device)
+        verify_compiled(model, config, world.device, target_length=target_length)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optim),
         betas=config.optim.betas,
@@ -200,19 +212,27 @@ def build_engine(
     return engine
 
 
-def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Compares one compiled block of each kind with itself uncompiled, as training calls it, which
-    then compiles no block any more: a state only where states are carried, inputs with gradients.
+def verify_compiled(
+    model: nn.Module, config: RunConfig, device: torch.device, target_length: int = 0
+) -> None:
+    """Compares one compiled block of each kind with itself uncompiled, as training calls it: with a
+    state only where states are carried, inputs with gradients, a decoder's as long as targets.
+
+    Training then compiles no block any more, except for what it alone passes and nothing checks:
+    `resets`, where `data.boundary` is pad_block or pad_segment, and in an encoder-decoder the
+    padding of an epoch's last window.
 
     Args:
         model: after `compile_blocks`, on `device`.
         config: gives the shape of a micro-batch and the precision.
         device: where training runs.
+        target_length: tokens that a block which reads memory is given; 0: no block does.
 
     Raises:
         ValueError: when they differ by more than rounding.
     """
-    shape = (config.train.micro_batch_size, config.train.seq_len, config.model.d_model)
+    rows, d_model = config.train.micro_batch_size, config.model.d_model
+    whole = (rows, config.train.seq_len, d_model)  # an encoder's output, too
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     stacks = [[block for block in blocks if isinstance(block, Block)] for blocks in lists]
     alone = config.model.activation_checkpointing  # no block leaves anything to the next one
@@ -225,12 +245,12 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
     for (kind, reads_memory, takes_all), block in kinds.items():
         if config.model.dropout:
             block.eval()  # compiled code draws other masks
+        assert target_length or not reads_memory, "a decoder's blocks take tokens of targets"
+        shape = (rows, target_length, d_model) if reads_memory else whole
         states = [None, None]
-        more = {}
-        if block.mixer.takes_counted:
+        more: dict[str, Tensor] = {}
+        if block.mixer.takes_counted and block.mixer.causal:  # two-sided ones are told of pads
             more["counted"] = torch.ones(shape[:2], dtype=torch.bool, device=device)
-        if reads_memory:
-            more["memory"] = torch.randn(shape, device=device).requires_grad_()
         for segment in segments:
             # As embeddings begin: beside larger x a narrow stream would round away what blocks add.
             x, added = config.model.init_std * torch.randn(2, *shape, device=device)
@@ -238,6 +258,9 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
                 if not config.model.residual_in_fp32:
                     x = x.to(matmul_dtype(x))
                 inputs = [x] if takes_all else [x, added.to(matmul_dtype(added))]
+                if reads_memory:  # in the dtype of the norm behind the encoder
+                    memory = torch.randn(whole, device=device)
+                    more["memory"] = memory.to(matmul_dtype(memory)).requires_grad_()
                 # Leaves with a gradient: a compiler distinguishes.
                 inputs = [part.detach().requires_grad_() for part in inputs]
                 if not takes_all:
@@ -245,7 +268,9 @@ def verify_compiled(model: nn.Module, config: RunConfig, device: torch.device) -
                 want = block.forward(inputs[0], states[0], **more)
                 got = block(inputs[0], states[1], **more)
             in_fp32 = config.train.precision == "fp32"
-            error = compiled_error(block, inputs, want.stream, got.stream, each=in_fp32)
+            error = compiled_error(
+                block, inputs, want.stream, got.stream, memory=more.get("memory"), each=in_fp32
+            )
             if not error < COMPILED_ERROR:
                 raise ValueError(
                     f"train.compile=true: the compiled '{kind}' block differs from the same block "
@@ -274,7 +299,8 @@ def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tens
         grad_clip: largest norm of the gradients, as in `deepspeed_config`; 0: any.
 
     Returns:
-        The global gradient norm before clipping, and whether the step was applied.
+        The global gradient norm before clipping, inf if it was skipped, and whether the step was
+        applied.
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
@@ -295,8 +321,9 @@ def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tens
     engine.zero_grad()
     engine.micro_steps += 1  # what engine.step() counts besides updating
     engine.global_steps += 1
+    engine.global_samples += engine.train_batch_size()
     engine.skipped_steps += 1
-    return norm, False
+    return float("inf"), False
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

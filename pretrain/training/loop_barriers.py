@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 CACHE_TAG = "barriers after loops that store"
+MARK = "writes_barriers"  # an attribute of ours; `functools.wraps`, by anyone, copies it
 
 
 def add_loop_barriers() -> None:
     """Makes inductor end every reduction loop that stores with a barrier, in this process."""
     from torch._inductor.codegen.triton import TritonKernel
 
-    if not hasattr(TritonKernel.codegen_body, "__wrapped__"):
+    if not hasattr(TritonKernel.codegen_body, MARK):
         TritonKernel.codegen_body = with_barrier(TritonKernel.codegen_body)  # type: ignore[method-assign]
         # Kernels in the cache may have been made without.
         torch.compiler.config.cache_key_tag += CACHE_TAG
@@ -37,4 +38,5 @@ def with_barrier(codegen_body: Callable[[Any], None]) -> Callable[[Any], None]:
         if stores:
             kernel.body.writeline("tl.debug_barrier()")
 
+    setattr(codegen, MARK, True)
     return codegen

@@ -85,7 +85,10 @@ class Trainer:
             other = Path(config.train.init_from)
             source, passed_over = start_with(model, other, world, facts.tokenizer)
             beginning = f"{beginning} with the weights of {source}"
-        self.engine = build_engine(config, model, world, universal=bool(plan and plan.convert))
+        universal = bool(plan and plan.convert)
+        self.engine = build_engine(
+            config, model, world, target_length=facts.target_length, universal=universal
+        )
         self.step = plan.training["step"] if plan else 0
         # One recurrent state per micro-batch slot: slot m always reads the same lanes.
         self.carried: list[Any] = [None] * self.grad_accum_steps

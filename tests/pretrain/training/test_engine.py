@@ -2,7 +2,9 @@
 
 import ast
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from pretrain.training.engine import (
     autocast,
     build_engine,
     deepspeed_config,
+    start_process_group,
     take_step,
     verify_compiled,
 )
@@ -73,6 +76,45 @@ def test_stage_0_takes_torchs_clipped_step(grad_clip: float) -> None:
     torchs_step()
     torch.testing.assert_close(norm, want)
     torch.testing.assert_close(list(ours.parameters()), list(torchs.parameters()))
+
+
+def test_a_skipped_step_leaves_nothing_but_its_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the group of one would stay for other tests."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        for stage in (0, 1, 2):
+            skipped = pool.submit(_take_steps, stage, [1.0, torch.nan, 1.0]).result()
+            without = pool.submit(_take_steps, stage, [1.0, 1.0]).result()
+            assert skipped["weights"] == without["weights"]  # so are moments and gradients
+            assert [norm == torch.inf for norm in skipped["norms"]] == [False, True, False]
+            assert skipped["applied"] == [True, False, True]
+            counted = {"micro_steps": 6, "global_steps": 3, "global_samples": 12}
+            assert skipped["counted"] == counted | {"skipped_steps": 1}, f"stage {stage}"
+
+
+def _take_steps(stage: int, scales: list[float]) -> dict[str, object]:
+    """A step of two micro-batches of two samples for each scale of the loss, on a CPU."""
+    config = config_with(stage=stage)
+    config.train.precision = "fp32"
+    config.train.seq_len, config.train.micro_batch_size, config.train.global_batch_tokens = 1, 2, 4
+    world = start_process_group(config)
+    torch.manual_seed(0)
+    engine = build_engine(config, nn.Linear(3, 2), world)
+    x, norms, applied = torch.randn(2, 2, 3), [], []
+    for scale in scales:
+        engine.backward(engine(x[0]).square().sum())
+        engine.step()
+        engine.backward(scale * engine(x[1]).square().sum())
+        norm, was_applied = take_step(engine, grad_clip=1.0)
+        norms.append(float(norm))
+        applied.append(was_applied)
+    names = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+    counted = {name: getattr(engine, name) for name in names}
+    weights = [parameter.tolist() for parameter in engine.module.parameters()]
+    engine.destroy()
+    return {"norms": norms, "applied": applied, "counted": counted, "weights": weights}
 
 
 def test_deepspeed_does_not_wait_for_the_device_to_time_itself() -> None:
@@ -215,6 +257,25 @@ def test_one_wrong_gradient_is_found_in_fp32() -> None:
     verify_compiled(model, config, device)  # compared as one
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_wrong_gradient_of_what_a_decoder_reads_is_found(precision: str) -> None:
+    """Through it alone the encoder learns."""
+    config = load_config(["model=spade_t5_tiny", "train.seq_len=64"])
+    config.train.precision, config.train.micro_batch_size = precision, 2
+    config.model.vocab_size = 16
+    device = torch.device("cpu")
+    model = build_model(config.model)
+    verify_compiled(model, config, device, target_length=16)
+
+    class WrongGradient(type(model.blocks[-1])):  # type: ignore[misc]
+        def __call__(self, *args: object, memory: torch.Tensor, **more: object) -> BlockOutput:
+            return self.forward(*args, memory=1.2 * memory - 0.2 * memory.detach(), **more)
+
+    model.blocks[-1].__class__ = WrongGradient
+    with pytest.raises(ValueError, match=r"the compiled 'attention' block differs.* by 0\.2"):
+        verify_compiled(model, config, device, target_length=16)
+
+
 def test_a_norm_is_compared_by_a_gradient_that_it_has() -> None:
     """Of the sum of its squares it has none but rounding's."""
     torch.manual_seed(0)
@@ -242,13 +303,24 @@ def test_compiled_blocks_are_checked_with_a_state_where_training_carries_one(
     built, given = build_model(config.model), []
     for block in built.blocks:
         block.register_forward_pre_hook(lambda block, inputs: given.append(inputs[1] is not None))
-    verify_compiled(built, config, torch.device("cpu"))
+    verify_compiled(built, config, torch.device("cpu"), target_length=29)
     assert given == expected
 
 
-@pytest.mark.parametrize(("name", "carry_state"), [("bst_tiny", True), ("longvq_tiny", False)])
-def test_training_compiles_no_block_that_was_not_checked(name: str, carry_state: bool) -> None:
-    config = load_config([f"model={name}", "train.seq_len=128"])
+@pytest.mark.parametrize(
+    ("name", "carry_state", "target_length"),
+    [
+        ("bst_tiny", True, 0),
+        ("longvq_tiny", False, 0),
+        ("spade_t5_tiny", False, 29),
+        # An encoder is told which tokens count only where it has pads.
+        ("spade_t5_tiny model.encoder.layers.at.1=longvq", False, 29),
+    ],
+)
+def test_training_compiles_no_block_that_was_not_checked(
+    name: str, carry_state: bool, target_length: int
+) -> None:
+    config = load_config([*f"model={name}".split(), "train.seq_len=128"])
     config.train.carry_state, config.train.micro_batch_size = carry_state, 2
     config.model.vocab_size = 16
     device, compiled = torch.device("cpu"), []
@@ -260,13 +332,16 @@ def test_training_compiles_no_block_that_was_not_checked(name: str, carry_state:
     torch._dynamo.reset()
     model = build_model(config.model)
     compile_blocks(model, backend)
-    verify_compiled(model, config, device)
+    verify_compiled(model, config, device, target_length)
     checked, state = len(compiled), None
-    tokens = torch.randint(16, (2, 129))
-    mask = torch.ones(2, 128, dtype=torch.bool)
+    tokens = torch.randint(16, (2, 1 + (target_length or 128)))
+    inputs = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    inputs["loss_mask"] = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    if target_length:
+        inputs["encoder_tokens"] = torch.randint(16, (2, 128))
     for _ in range(4):
         with autocast(config, device):
-            output = model(tokens[:, :-1], state, targets=tokens[:, 1:], loss_mask=mask)
+            output = model(state=state, **inputs)
         if carry_state:
             state = map_state(torch.Tensor.detach, output.state)
     assert len(compiled) == checked + 1  # the norm behind the blocks
