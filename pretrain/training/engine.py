@@ -288,11 +288,14 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tensor | float, bool]:
+def take_step(
+    engine: deepspeed.DeepSpeedEngine, grad_clip: float
+) -> tuple[Tensor | float, Tensor | bool]:
     """Optimizer step on the accumulated gradients, skipped on all ranks when they are not finite.
 
-    Stages 1 to 3 clip and skip by themselves and compute the norm; stage 0 does not skip, and one
-    NaN would reach every weight.
+    Stages 1 to 3 clip and skip by themselves and compute the norm, for which the host waits. Stage
+    0 does not skip, and one NaN would reach every weight: there AdamW's kernel is told, nothing
+    waits, and the caller counts `engine.skipped_steps`.
 
     Args:
         engine: behind the backward of a step's last micro-batch.
@@ -300,7 +303,7 @@ def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tens
 
     Returns:
         The global gradient norm before clipping, inf if it was skipped, and whether the step was
-        applied.
+        applied; both on the device at stage 0.
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
@@ -313,17 +316,12 @@ def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tens
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if torch.isfinite(norm):
-        if grad_clip > 0:
-            nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-        engine.step()
-        return norm, True
-    engine.zero_grad()
-    engine.micro_steps += 1  # what engine.step() counts besides updating
-    engine.global_steps += 1
-    engine.global_samples += engine.train_batch_size()
-    engine.skipped_steps += 1
-    return float("inf"), False
+    finite = torch.isfinite(norm)
+    if grad_clip > 0:
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    engine.optimizer.found_inf = (~finite).float()  # what GradScaler tells it (torch/optim/adam.py)
+    engine.step()
+    return torch.where(finite, norm, torch.inf), finite
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ evaluate, save. Loss and gradients are *means over the step's valid tokens*, wha
 size, accumulation and masks: `engine.backward` divides by accumulation steps and ZeRO averages over
 ranks, so the local sum is multiplied by ranks x accumulation / global valid tokens, known before.
 
-Nothing in a step reads a device value on the host, except what `take_step` needs to skip.
+The host waits for the device when it reports and saves, and not in a step, but for ZeRO 1 to 3,
+where DeepSpeed waits by itself, and to keep what is not finite out of states and buffers.
 """
 
 import math
@@ -26,6 +27,7 @@ from pretrain.mixers.base import map_state
 from pretrain.training import health, metrics
 from pretrain.training.checkpoint import CheckpointSaver, plan_resume, restore, start_with
 from pretrain.training.engine import World, autocast, build_engine, take_step
+from pretrain.training.late_read import LateRead
 from pretrain.training.manifest import write_json
 from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.optim import schedule_factor
@@ -98,7 +100,9 @@ class Trainer:
         self.finished = bool(plan and plan.finished and self.step >= config.total_steps)
         self.grad_norm: Tensor | float = 0.0  # of the last step, before clipping; inf if skipped
         self.skipped_in_a_row = 0
-        self.stop_requested = False
+        self.stop_requested = False  # of this process
+        self.stopping = False  # of any, as all of them have heard
+        self.last_step = LateRead()  # how many processes were asked to stop; whether it was skipped
         self.window = torch.zeros(3, dtype=torch.float64, device=world.device)
         self.groups: dict[str, Tensor] = {}  # NLL and count of targets reported apart
         self.window_steps = 0
@@ -156,17 +160,17 @@ class Trainer:
                     f"rank {self.world.rank} cannot read the data of step {self.step + 1}: {error}"
                 ) from error
             self.stopwatch.waited += time.perf_counter() - began
-            stop = self._train_step(micro_batches)
+            self._train_step(micro_batches)
             self.step += 1
             self.profiler.after_step(self.step)
             last = self.step == config.total_steps
-            if self.step % every == 0 or last or stop:
+            if self.step % every == 0 or last or self.stopping:
                 self._report()
             if self._due(config.eval.every_tokens) and not last:
                 self._evaluate()
-            if self._due(config.checkpoint.every_tokens) or last or stop:
+            if self._due(config.checkpoint.every_tokens) or last or self.stopping:
                 self._save()
-            if stop and not last:
+            if self.stopping and not last:
                 return False
         self._evaluate()
         if self.log is not None:
@@ -177,18 +181,15 @@ class Trainer:
             )
         return True
 
-    def _train_step(self, micro_batches: list[AnyBatch]) -> bool:
-        """One optimizer step.
-
-        Returns:
-            Whether any rank was asked to stop.
-        """
+    def _train_step(self, micro_batches: list[AnyBatch]) -> None:
+        """One optimizer step."""
         engine, config = self.engine, self.config
         self._set_learning_rates()
         torch.manual_seed(step_seed(config.seed, self.step, self.world.rank))
         micro_batches = [_to_device(batch, self.world.device) for batch in micro_batches]
         valid = torch.stack([batch.loss_mask.sum() for batch in micro_batches]).sum()
-        asked = torch.tensor(self.stop_requested, dtype=valid.dtype, device=self.world.device)
+        # A fill: a copy of a number would wait for the device.
+        asked = torch.full_like(valid, self.stop_requested)
         counts = torch.stack([valid, asked])
         dist.all_reduce(counts)
         scale = self.world.size * self.grad_accum_steps / counts[0].clamp(min=1)
@@ -214,14 +215,21 @@ class Trainer:
         self.window[2] += valid
         self.window_steps += 1
         self.grad_norm, applied = take_step(engine, config.optim.grad_clip)
-        if applied and statistics:
+        self._hear_of_last_step()
+        if isinstance(applied, Tensor):
+            skipped = (~applied).to(valid.dtype)
+        else:
+            skipped = torch.full_like(valid, not applied)
+        self.last_step.put(self.step + 1, torch.stack([counts[1], skipped]))
+        if isinstance(applied, Tensor) and not (statistics or config.train.carry_state):
+            return
+        self._hear_of_last_step()
+        if not applied:  # the states may hold the NaN as well: every lane begins anew
+            self.carried = [None] * self.grad_accum_steps
+        elif statistics:
             for name in sorted(statistics):
                 dist.all_reduce(statistics[name])
             engine.module.update_buffers(statistics)
-        if not applied:  # the states may hold the NaN as well: every lane begins anew
-            self.carried = [None] * self.grad_accum_steps
-        self._count_skips(applied)
-        return bool(counts[1])  # take_step has waited for the device anyway
 
     def _set_learning_rates(self) -> None:
         train = self.config.train
@@ -230,19 +238,28 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 
-    def _count_skips(self, applied: bool) -> None:
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+    def _hear_of_last_step(self) -> None:
+        """What the host was not told when it happened, unless it has heard of it by now."""
+        heard = self.last_step.take()
+        if heard is None:
+            return
+        step, (asked, skipped) = heard
+        self.stopping = self.stopping or asked > 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped and self.config.zero.stage == 0:
+            self.engine.skipped_steps += 1  # other stages count
         limit = self.config.train.max_consecutive_skips
         if self.skipped_in_a_row < limit:
             return
         safe = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
         raise TrainingError(
-            f"gradients were not finite in {limit} steps in a row, up to step {self.step + 1}; all "
+            f"gradients were not finite in {limit} steps in a row, up to step {step}; all "
             f"were skipped, no weight holds a NaN (last checkpoint: {safe}). Lower "
             f"optim.learning_rate, lengthen schedule.warmup_fraction, or look at the data there"
         )
 
     def _report(self) -> None:
+        self._hear_of_last_step()
         dist.all_reduce(self.window)
         nll, auxiliary, valid = self.window.tolist()
         steps, self.window_steps = self.window_steps, 0
@@ -304,6 +321,7 @@ class Trainer:
             self.log.say(f"step {self.step:>6}  {listed}")
 
     def _save(self) -> None:
+        self._hear_of_last_step()
         try:
             position = self.loader.state(self.step)
         except ValueError as error:  # it may lie behind text that has yet to be read

@@ -111,8 +111,9 @@ class TinyLM(nn.Module):
 
     reset_grid = RESET_GRID
 
-    def __init__(self, seed: int = 0, extra_row: bool = False) -> None:
+    def __init__(self, seed: int = 0, extra_row: bool = False, codebook: bool = True) -> None:
         super().__init__()
+        self.has_codebook = codebook
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(VOCAB_SIZE + extra_row, WIDTH)
         self.recurrence = Recurrence()
@@ -135,7 +136,9 @@ class TinyLM(nn.Module):
         h, state = self.recurrence(self.embedding(tokens), state, resets)
         poison = (tokens == POISON).any(1, keepdim=True)
         state = state._replace(hidden=torch.where(poison, torch.nan, state.hidden))
-        h, aux = self.codes(h)
+        aux: dict[str, Tensor] = {}
+        if self.has_codebook:
+            h, aux = self.codes(h)
         h = self.norm(h)
         named = {f"0.{name}": value for name, value in aux.items()}
         loss_sum, nll = self.head(h, targets, loss_mask)

@@ -45,6 +45,8 @@ class Run:
     grad_accum: int = 1
     steps: int = 20
     carry_state: bool = True
+    codebook: bool = True
+    log_every: int = 1  # steps
     save_every: int = 0
     keep_last: int = 2
     learning_rate: float = 1e-2
@@ -85,7 +87,7 @@ def config_of(run: Run, world_size: int) -> RunConfig:
     config.resume.mode = run.resume
     config.resume.reshard = run.reshard
     config.eval.every_tokens = run.evaluate_every * LANES * SEQ_LEN
-    config.logging.every_steps = 1
+    config.logging.every_steps = run.log_every
     config.logging.tensorboard = False
     return config
 
@@ -128,7 +130,7 @@ def build_trainer(run: Run, world: World) -> Trainer:
     config = config_of(run, world.size)
     (config.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     loader = FaultyLoader(run, world, config.train.micro_batch_size)
-    model = TinyLM(seed=7, extra_row=run.other_model)
+    model = TinyLM(seed=7, extra_row=run.other_model, codebook=run.codebook)
     facts = CorpusFacts(bytes_per_token=1.0, tokenizer=run.tokenizer)
     documents = [torch.arange(3 * SEQ_LEN + 1) % (5 + number) for number in range(3)]
     evaluate = Validation(documents, SEQ_LEN, 1.0, world) if run.evaluate_every else None

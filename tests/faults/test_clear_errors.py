@@ -92,6 +92,12 @@ def told_to_stop(folder: Path) -> Run:
     return replace(short_run(folder, "stopped"), signals={"SIGTERM": 5}, fault_rank=1)
 
 
+def unwatched(run: Run) -> Run:
+    """The host reads nothing in a step: no states and no buffers have to be kept from a NaN."""
+    name = f"{run.name}, unwatched"
+    return replace(run, name=name, carry_state=False, codebook=False, log_every=6)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
@@ -113,6 +119,9 @@ def outcomes(folder: Path) -> dict[str, dict[str, Any]]:
         "ended, again": replace(ended_by_nan(folder), evaluate_every=4),
         "ended, further": trained_further(ended_by_nan(folder)),
         "stopped": told_to_stop(folder),
+        **{f"unwatched nan{stage}": unwatched(poisoned(folder, stage)) for stage in (0, 1)},
+        **{f"unwatched survived{stage}": unwatched(survived(folder, stage)) for stage in (0, 1)},
+        "unwatched stop": replace(unwatched(told_to_stop(folder)), stage=0, signals={"SIGTERM": 4}),
     }
     results = train(folder, list(runs.values()), processes=2, code=EXIT_PREEMPTED)
     return dict(zip(runs, results, strict=True))
@@ -154,6 +163,35 @@ def test_one_step_that_is_not_finite_leaves_no_nan_in_the_carried_state(
     rows = trajectory(survived(folder, stage))
     assert [number for number, row in enumerate(rows) if not all(map(math.isfinite, row))] == [5]
     assert largest_difference(rows[6:], trajectory(survived(folder, 0))[6:]) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_what_is_heard_of_a_step_later_is_counted_alike(
+    stage: int, folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    assert outcomes[f"unwatched nan{stage}"]["code"] == 1
+    message = outcomes[f"unwatched nan{stage}"]["message"]
+    assert "gradients were not finite in 3 steps in a row, up to step 9" in message
+    assert "last checkpoint: step 8" in message
+    newest, _ = newest_complete(checkpoints(unwatched(poisoned(folder, stage))))
+    assert newest is not None
+    assert all(w.isfinite().all() for w in load_weights(newest).values())
+
+    assert outcomes[f"unwatched survived{stage}"] == {"code": 0, "message": ""}
+    rows, others = (rows_of(unwatched(survived(folder, s)), "loss") for s in (stage, 0))
+    assert [(row["step"], row["skipped_steps"]) for row in rows] == [(6, 1), (8, 1)]
+    assert rows[0]["grad_norm"] == math.inf
+    for key in ("loss", "grad_norm"):
+        assert rows[1][key] == pytest.approx(others[1][key], rel=FP32_TOLERANCE)
+
+
+def test_a_stop_that_is_heard_of_a_step_later_loses_nothing(
+    folder: Path, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    assert outcomes["unwatched stop"] == {"code": EXIT_PREEMPTED, "message": ""}
+    newest, _ = newest_complete(checkpoints(unwatched(told_to_stop(folder))))
+    assert newest is not None
+    assert newest.name == "step_00000006"  # asked before the fifth
 
 
 def test_finished_run_is_saved_though_its_last_step_was_skipped_and_can_train_further(

@@ -1,16 +1,24 @@
 """What the trainer makes of data that cannot be read; all else about it is in tests/distributed."""
 
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import load_config
 from pretrain.models import build_model
 from pretrain.training import engine, trainer
-from pretrain.training.engine import World
+from pretrain.training.engine import World, start_process_group
+from pretrain.training.late_read import LateRead
 from pretrain.training.metrics import CorpusFacts
-from pretrain.training.trainer import RankError, Trainer
+from pretrain.training.trainer import AnyBatch, RankError, Trainer
+from tests.distributed import tiny_run
+from tests.distributed.tiny_run import Run
 
 
 class Unreadable:
@@ -22,10 +30,44 @@ class Unreadable:
 
 def test_a_position_that_cannot_be_found_is_an_error_of_this_rank_and_no_traceback() -> None:
     trainer = object.__new__(Trainer)
-    trainer.loader, trainer.step = Unreadable(), 7
+    trainer.loader, trainer.step, trainer.last_step = Unreadable(), 7, LateRead()
     trainer.world = SimpleNamespace(rank=3)
     with pytest.raises(RankError, match="rank 3 cannot read the data behind step 7: hub: away"):
         trainer._save()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_host_reads_nothing_in_a_step(stage: int, tmp_path: Path) -> None:
+    """But DeepSpeed does from ZeRO-1 on. In a process of its own: its group would stay for other
+    tests."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        reads = pool.submit(_reads_in_steps, str(tmp_path), stage).result()
+    assert (reads == 0) == (stage == 0)
+
+
+def _reads_in_steps(folder: str, stage: int) -> int:
+    class Reads(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.number += func == torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    class Watched(Trainer):
+        def _train_step(self, micro_batches: list[AnyBatch]) -> None:
+            with reads:
+                super()._train_step(micro_batches)
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    reads = Reads()
+    tiny_run.Trainer = Watched  # type: ignore[misc]
+    run = Run("run", folder, stage, steps=6, carry_state=False, codebook=False, log_every=3)
+    world = start_process_group(tiny_run.config_of(run, 1))
+    (Path(folder) / run.name).mkdir()
+    assert tiny_run.build_trainer(run, world).fit()
+    return reads.number
 
 
 def test_a_decoder_is_checked_with_as_many_tokens_as_targets_have(
