@@ -1,5 +1,6 @@
 """What the trainer makes of data that cannot be read; all else about it is in tests/distributed."""
 
+import gc
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -41,11 +42,13 @@ def test_the_host_reads_nothing_in_a_step(stage: int, tmp_path: Path) -> None:
     """But DeepSpeed does from ZeRO-1 on. In a process of its own: its group would stay for other
     tests."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        reads = pool.submit(_reads_in_steps, str(tmp_path), stage).result()
+        reads, frozen = pool.submit(_watch_steps, str(tmp_path), stage).result()
     assert (reads == 0) == (stage == 0)
+    *in_steps, afterwards = frozen
+    assert min(in_steps) > 100_000 > afterwards == 0  # what was there before is not looked through
 
 
-def _reads_in_steps(folder: str, stage: int) -> int:
+def _watch_steps(folder: str, stage: int) -> tuple[int, list[int]]:
     class Reads(TorchDispatchMode):
         number = 0
 
@@ -55,19 +58,20 @@ def _reads_in_steps(folder: str, stage: int) -> int:
 
     class Watched(Trainer):
         def _train_step(self, micro_batches: list[AnyBatch]) -> None:
+            frozen.append(gc.get_freeze_count())
             with reads:
                 super()._train_step(micro_batches)
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    reads = Reads()
+    reads, frozen = Reads(), []
     tiny_run.Trainer = Watched  # type: ignore[misc]
     run = Run("run", folder, stage, steps=6, carry_state=False, codebook=False, log_every=3)
     world = start_process_group(tiny_run.config_of(run, 1))
     (Path(folder) / run.name).mkdir()
     assert tiny_run.build_trainer(run, world).fit()
-    return reads.number
+    return reads.number, [*frozen, gc.get_freeze_count()]
 
 
 def test_a_decoder_is_checked_with_as_many_tokens_as_targets_have(
