@@ -91,6 +91,8 @@ class Measurement:
                 f"train.total_tokens={10**6 * self.tokens}",  # the clock ends it before
                 f"train.precision={'fp32' if self.precision == 'fp32' else 'bf16'}",
                 f"train.compile={self.compile}",
+                "data.mode=windows",  # random tokens come without resets, which blocks are told of
+                "data.boundary=packed",
                 f"zero.stage={self.zero_stage}",
                 f"out_dir={run_dir.parent}",
                 f"name={run_dir.name}",

@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from pretrain.config import RunConfig
+from pretrain.config_problems import BOUNDARIES
 from pretrain.mixers.base import map_state
 from pretrain.models.block import Block, keep_states
 from pretrain.ops.numerics import matmul_dtype
@@ -216,15 +217,15 @@ def verify_compiled(
     model: nn.Module, config: RunConfig, device: torch.device, target_length: int = 0
 ) -> None:
     """Compares one compiled block of each kind with itself uncompiled, as training calls it: with a
-    state only where states are carried, inputs with gradients, a decoder's as long as targets.
+    state only where states are carried, with resets only where batches have them, inputs with
+    gradients, a decoder's as long as targets.
 
-    Training then compiles no block any more, except for what it alone passes and nothing checks:
-    `resets`, where `data.boundary` is pad_block or pad_segment, and in an encoder-decoder the
-    padding of an epoch's last window.
+    Training then compiles no block any more, except for what it alone passes and nothing checks: in
+    an encoder-decoder the padding of an epoch's last window.
 
     Args:
         model: after `compile_blocks`, on `device`.
-        config: gives the shape of a micro-batch and the precision.
+        config: gives the shape of a micro-batch, whether it has resets, and the precision.
         device: where training runs.
         target_length: tokens that a block which reads memory is given; 0: no block does.
 
@@ -242,6 +243,7 @@ def verify_compiled(
         for block in stack
     }
     segments = ("first", "second") if config.train.carry_state else ("first",)
+    boundary = config.data.boundary or BOUNDARIES[config.data.mode][0]
     for (kind, reads_memory, takes_all), block in kinds.items():
         if config.model.dropout:
             block.eval()  # compiled code draws other masks
@@ -251,6 +253,9 @@ def verify_compiled(
         more: dict[str, Tensor] = {}
         if block.mixer.takes_counted and block.mixer.causal:  # two-sided ones are told of pads
             more["counted"] = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        if boundary in ("pad_block", "pad_segment"):  # as data/loader.py: then in every batch
+            edges = len(range(0, config.train.seq_len, block.mixer.reset_grid))
+            more["resets"] = _resets(rows, edges, device)
         for segment in segments:
             # As embeddings begin: beside larger x a narrow stream would round away what blocks add.
             x, added = config.model.init_std * torch.randn(2, *shape, device=device)
@@ -280,6 +285,13 @@ def verify_compiled(
                 )
             states = [map_state(Tensor.detach, output.state) for output in (want, got)]
         block.train()
+
+
+def _resets(rows: int, edges: int, device: torch.device) -> Tensor:
+    """(rows, edges) bool. In row 0 documents of 1, 4, 8, 16, ... edges, so that some end early and
+    one goes on for long; in every next row they begin an edge earlier."""
+    place = 2 + torch.arange(rows, device=device)[:, None] + torch.arange(edges, device=device)
+    return (place & (place + 1)) == 0  # at 3, 7, 15, ...
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

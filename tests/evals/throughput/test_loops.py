@@ -1,19 +1,22 @@
 """What is timed is a training step, of our models and of peers."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from evals.throughput import worker
+from evals.throughput import candidates, worker
 from evals.throughput.clock import MAX_STEPS, MIN_STEPS, WARM_UP, StepClock
-from evals.throughput.loops import CheckFailed, check_first_step
+from evals.throughput.loops import CheckFailed, check_first_step, random_tokens
 from evals.throughput.peer_models import mean_visible
 from evals.throughput.peers import Peer
 from pretrain.config import load_config
 from pretrain.models import LanguageModel
+from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.engine import autocast
 from tests.evals.throughput.tiny import measurement
 
 
@@ -22,6 +25,28 @@ def test_llama_takes_steps_of_every_precision(tmp_path: Path, precision: str) ->
     result = worker.measure(asdict(measurement(tmp_path, model="llama", precision=precision)))
     assert result["status"] == "ok"
     assert MIN_STEPS <= len(result["step_seconds"]) <= MAX_STEPS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_compiles_no_block_that_was_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    m = measurement(tmp_path, compile=True, checkpointing=checkpointing)
+    config, compiled = m.config(), []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(candidates, "compile_blocks", lambda model: compile_blocks(model, backend))
+    torch._dynamo.reset()
+    model = candidates.LongspanModel(m, config, torch.device("cpu"))
+    with autocast(config, model.device):
+        model.compile()
+        checked = len(compiled)
+        for tokens in random_tokens(m, model.device)[:2]:
+            model.loss(tokens).backward()
+    assert len(compiled) == checked + 1  # the norm behind the blocks
 
 
 def test_recomputing_blocks_leaves_flops_and_parameters_as_they_are(tmp_path: Path) -> None:

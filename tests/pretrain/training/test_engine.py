@@ -311,19 +311,93 @@ def test_compiled_blocks_are_checked_with_a_state_where_training_carries_one(
 
 
 @pytest.mark.parametrize(
-    ("name", "carry_state", "target_length"),
+    ("data", "expected"),
     [
-        ("bst_tiny", True, 0),
-        ("longvq_tiny", False, 0),
-        ("spade_t5_tiny", False, 29),
+        ("data.mode=lanes", 2),
+        ("data.mode=lanes data.boundary=pad_block", 2),
+        ("data.mode=lanes data.boundary=pad_segment", 2),
+        ("data.mode=lanes data.boundary=cross", 0),
+        ("data.mode=windows", 0),
+        ("data.mode=windows data.boundary=packed", 0),
+        ("data.mode=windows data.boundary=pad_block", 2),
+        ("data.mode=stream data.source=a data.val_source=b data.tokenizer=bytes", 0),
+    ],
+)
+def test_compiled_blocks_are_checked_with_resets_where_batches_have_them(
+    data: str, expected: int
+) -> None:
+    """One flag per 128 tokens, as `build_loader` makes them."""
+    config = load_config(["model=swa_tiny", "train.seq_len=256", *data.split()])
+    config.train.micro_batch_size, config.model.vocab_size = 3, 16
+    model, given = build_model(config.model), []
+
+    class Watched(type(model.blocks[0])):  # type: ignore[misc]
+        def __call__(self, *args: object, **more: object) -> BlockOutput:
+            given.append(more.get("resets"))
+            return self.forward(*args, **more)
+
+    for block in model.blocks:
+        block.__class__ = Watched
+    verify_compiled(model, config, torch.device("cpu"))
+    assert len(given) == 2  # the first block, and one to which that leaves something
+    for resets in given:
+        assert (resets is not None) == (expected > 0)
+        if resets is not None:
+            assert (resets.dtype, resets.shape) == (torch.bool, (3, expected))
+
+
+@pytest.mark.parametrize("seen", [torch.zeros_like, torch.ones_like])
+@pytest.mark.parametrize(
+    ("rows", "seq_len", "carry_state", "segment"),
+    # Where a row has one flag, it drops the state that is carried.
+    [(1, 512, False, "first"), (2, 128, True, "second")],
+)
+def test_a_block_that_is_wrong_with_resets_alone_is_found(
+    seen: Callable[[torch.Tensor], torch.Tensor],
+    rows: int,
+    seq_len: int,
+    carry_state: bool,
+    segment: str,
+) -> None:
+    """It separates no document, or every block."""
+    config = load_config(["model=swa_tiny", f"train.seq_len={seq_len}", "data.boundary=cross"])
+    config.train.carry_state, config.train.micro_batch_size = carry_state, rows
+    config.model.vocab_size = 16
+    model, device = build_model(config.model), torch.device("cpu")
+
+    class Wrong(type(model.blocks[0])):  # type: ignore[misc]
+        def __call__(self, *args: object, **more: object) -> BlockOutput:
+            if "resets" in more:
+                more["resets"] = seen(more["resets"])
+            return self.forward(*args, **more)
+
+    for block in model.blocks:
+        block.__class__ = Wrong
+    verify_compiled(model, config, device)
+    config.data.boundary = ""
+    with pytest.raises(ValueError, match=f"the compiled 'swa' block .* in the {segment} segment"):
+        verify_compiled(model, config, device)
+
+
+@pytest.mark.parametrize(
+    ("name", "carry_state", "target_length", "n_resets"),
+    [
+        ("bst_tiny", True, 0, 2),
+        ("bst_tiny model.activation_checkpointing=true", True, 0, 2),
+        ("bst_tiny data.boundary=cross", True, 0, 0),
+        ("swa_tiny data.boundary=pad_segment", True, 0, 2),
+        ("longvq_tiny", False, 0, 2),
+        ("longvq_tiny data.mode=windows", False, 0, 0),
+        ("mamba2_tiny data.mode=windows data.boundary=pad_block", False, 0, 2),
+        ("spade_t5_tiny", False, 29, 0),
         # An encoder is told which tokens count only where it has pads.
-        ("spade_t5_tiny model.encoder.layers.at.1=longvq", False, 29),
+        ("spade_t5_tiny model.encoder.layers.at.1=longvq", False, 29, 0),
     ],
 )
 def test_training_compiles_no_block_that_was_not_checked(
-    name: str, carry_state: bool, target_length: int
+    name: str, carry_state: bool, target_length: int, n_resets: int
 ) -> None:
-    config = load_config([*f"model={name}".split(), "train.seq_len=128"])
+    config = load_config([*f"model={name}".split(), "train.seq_len=256"])
     config.train.carry_state, config.train.micro_batch_size = carry_state, 2
     config.model.vocab_size = 16
     device, compiled = torch.device("cpu"), []
@@ -337,12 +411,14 @@ def test_training_compiles_no_block_that_was_not_checked(
     compile_blocks(model, backend)
     verify_compiled(model, config, device, target_length)
     checked, state = len(compiled), None
-    tokens = torch.randint(16, (2, 1 + (target_length or 128)))
+    tokens = torch.randint(16, (2, 1 + (target_length or 256)))
     inputs = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     inputs["loss_mask"] = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
     if target_length:
-        inputs["encoder_tokens"] = torch.randint(16, (2, 128))
+        inputs["encoder_tokens"] = torch.randint(16, (2, 256))
     for _ in range(4):
+        if n_resets:
+            inputs["resets"] = torch.randint(2, (2, n_resets)).bool()
         with autocast(config, device):
             output = model(state=state, **inputs)
         if carry_state:
