@@ -1,5 +1,7 @@
 """Attention out of the joined projection equals its two halves, values and gradients."""
 
+import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +17,7 @@ from pretrain.ops.projected_window import (
 )
 from pretrain.ops.qkv_heads import prepare_qkv_naive
 from pretrain.ops.window_attention import TILE, window_attention_naive
+from tests.pretrain.ops import plain_flash
 from tests.pretrain.ops.plain_flash import on_hopper
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -111,6 +114,33 @@ def check(form: Any, case: Case, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_definition_where_flash_does_what_it_says(name: str) -> None:
     check(flash_projected_window_attention, CASES[name], torch.float32, "cpu")
+
+
+@pytest.fixture
+def seen_anew() -> Iterator[None]:
+    module.reads_sums.cache_clear()
+    yield
+    module.reads_sums.cache_clear()
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("plain_flash", "seen_anew")
+def test_sums_in_the_order_that_is_read_are_read() -> None:
+    random_state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module.reads_sums(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("plain_flash", "seen_anew")
+def test_sums_in_another_order_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the package, and the result is right."""
+    rows = torch.arange(64 * 128).view(64, 128)
+    monkeypatch.setattr(plain_flash, "register_order", lambda: rows)
+    with pytest.warns(UserWarning, match="in another order"):
+        check(flash_projected_window_attention, CASES["heads of 128"], torch.float32, "cpu")
 
 
 @pytest.mark.triton
@@ -210,3 +240,5 @@ def test_what_a_gpu_takes_equals_the_definition(
         form = torch.compile(form, fullgraph=True, dynamic=False)
     check(form, GPU_CASES[name], torch.bfloat16, "cuda")
     assert bool(flash_calls) == (FLASH_INSTALLED and on_hopper())
+    if flash_calls:  # and nothing falls back to the pass that converts
+        assert module.reads_sums(torch.device("cuda", 0), torch.bfloat16)
