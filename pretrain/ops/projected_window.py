@@ -247,13 +247,14 @@ def reads_sums(device: torch.device, dtype: torch.dtype) -> bool:
         total, None, found, found, 0, None, None, None, normalize=False, summed_times=of_scores
     )
     error = (found[:, :, 0].double() - want.double()).norm() / want.double().norm()
-    if not error < 0.01:  # 8 bits
+    right = bool(error < 0.01)  # 8 bits
+    if not right:
         warnings.warn(
             f"flash-attn-4 adds up gradients in another order than this code reads (error "
             f"{error:.2g}): they take the pass that converts them, 0.1 ms per layer",
             stacklevel=2,
         )
-    return bool(error < 0.01)
+    return right
 
 
 @projected_window_backward.register_fake

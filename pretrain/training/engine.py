@@ -300,9 +300,7 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def take_step(
-    engine: deepspeed.DeepSpeedEngine, grad_clip: float
-) -> tuple[Tensor | float, Tensor | bool]:
+def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tensor | float, Tensor]:
     """Optimizer step on the accumulated gradients, skipped on all ranks when they are not finite.
 
     Stages 1 to 3 clip and skip by themselves and compute the norm, for which the host waits. Stage
@@ -315,13 +313,13 @@ def take_step(
 
     Returns:
         The global gradient norm before clipping, inf if it was skipped, and whether the step was
-        applied; both on the device at stage 0.
+        applied, () bool; both on the device at stage 0, else on the host.
     """
     if engine.zero_optimization_stage() > 0:
         engine.step()
         if not engine.was_step_applied():
-            return float("inf"), False
-        return engine.get_global_grad_norm(), True
+            return float("inf"), torch.tensor(False)
+        return engine.get_global_grad_norm(), torch.tensor(True)
     # At the boundary, stage 0's gradients are already averaged over ranks: the norm is global.
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
     for parameter in parameters:  # as where DeepSpeed sums: no part in the loss is a gradient of 0

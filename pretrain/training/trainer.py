@@ -222,12 +222,8 @@ class Trainer:
         self.window_steps += 1
         self.grad_norm, applied = take_step(engine, config.optim.grad_clip)
         self._hear_of_last_step()
-        if isinstance(applied, Tensor):
-            skipped = (~applied).to(valid.dtype)
-        else:
-            skipped = torch.full_like(valid, not applied)
-        self.last_step.put(self.step + 1, torch.stack([counts[1], skipped]))
-        if isinstance(applied, Tensor) and not (statistics or config.train.carry_state):
+        self.last_step.put(self.step + 1, torch.stack([counts[1], (~applied).to(counts)]))
+        if config.zero.stage == 0 and not (statistics or config.train.carry_state):
             return
         self._hear_of_last_step()
         if not applied:  # the states may hold the NaN as well: every lane begins anew

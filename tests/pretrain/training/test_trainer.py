@@ -38,8 +38,10 @@ def test_a_position_that_cannot_be_found_is_an_error_of_this_rank_and_no_traceba
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_the_host_reads_nothing_in_a_step(stage: int, tmp_path: Path) -> None:
-    """But DeepSpeed does from ZeRO-1 on. In a process of its own: its group would stay for other
+def test_a_step_reads_nothing_of_the_device_and_collects_nothing_old(
+    stage: int, tmp_path: Path
+) -> None:
+    """But DeepSpeed reads from ZeRO-1 on. In a process of its own: its group would stay for other
     tests."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         reads, frozen = pool.submit(_watch_steps, str(tmp_path), stage).result()
