@@ -169,7 +169,7 @@ def write_gradients(
 
     With `summed`, of heads of `SUMMED_WIDTH` and without documents, that of q is left out, and
     returned as FlashAttention has added it up: (B, H, 128 * T rounded up to 64), fp32, in the order
-    of `qkv_heads_kernels._place_in_sum`, and still without the factor `scale`.
+    of `summed_heads_kernel`, and still without the factor `scale`.
     """
     from flash_attn.cute import interface
 

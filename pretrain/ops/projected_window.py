@@ -197,6 +197,7 @@ def projected_window_backward(
         of_scores: what the scores are multiplied by.
     """
     from pretrain.ops.qkv_heads_kernels import prepare_heads_backward
+    from pretrain.ops.summed_heads_kernel import prepare_heads_backward_of_sum
 
     qkv = qkv.contiguous()
     d_qkv, d_k = torch.empty_like(qkv), torch.empty_like(k)
@@ -207,18 +208,11 @@ def projected_window_backward(
     total = write_gradients(d_y, *saved, block_size, of_scores, into, summed=summed)
     count, normalize = d_last.shape[1], scale is not None
     also = d_last[:, :, 0].contiguous() if count else None
-    d_scale = prepare_heads_backward(
-        d_q if total is None else total,
-        None,
-        qkv,
-        d_qkv,
-        0,
-        scale,
-        cos,
-        sin,
-        normalize=normalize,
-        summed_times=None if total is None else of_scores,
-    )
+    of_queries = qkv, d_qkv, 0, scale, cos, sin
+    if total is None:
+        d_scale = prepare_heads_backward(d_q, None, *of_queries, normalize=normalize)
+    else:
+        d_scale = prepare_heads_backward_of_sum(total, of_scores, *of_queries, normalize=normalize)
     prepare_heads_backward(d_k, also, qkv, d_qkv, 1, None, cos, sin, normalize=normalize)
     if count:
         d_qkv[:, qkv.shape[1] - count :, 2] += d_last[:, :, 1]
@@ -230,7 +224,7 @@ def reads_sums(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the queries' gradients read off FlashAttention's sums are those that it converts
     itself, tried once in every process: nobody promises their order, and nothing else would tell.
     """
-    from pretrain.ops.qkv_heads_kernels import prepare_heads_backward
+    from pretrain.ops.summed_heads_kernel import prepare_heads_backward_of_sum
 
     # No random numbers, whose state is the training's. Tiles of queries and of keys: several each.
     waves = torch.arange(4 * 192 * 2 * SUMMED_WIDTH, device=device).double().square().sin()
@@ -243,8 +237,8 @@ def reads_sums(device: torch.device, dtype: torch.dtype) -> bool:
     total = write_gradients(*saved, (torch.empty_like(q), *rest), summed=True)
     assert total is not None
     found = q.new_empty(1, 192, 3, 2, SUMMED_WIDTH)
-    prepare_heads_backward(
-        total, None, found, found, 0, None, None, None, normalize=False, summed_times=of_scores
+    prepare_heads_backward_of_sum(
+        total, of_scores, found, found, 0, None, None, None, normalize=False
     )
     error = (found[:, :, 0].double() - want.double()).norm() / want.double().norm()
     right = bool(error < 0.01)  # 8 bits

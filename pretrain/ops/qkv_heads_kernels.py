@@ -11,24 +11,27 @@ import triton.language as tl
 from torch import Tensor
 
 from pretrain.ops import normalization
-from pretrain.ops.flash_window_attention import SUMMED_WIDTH
 
 TINY = tl.constexpr(normalization.TINY)
 TOKENS = 4  # per program of the backward
 
 
 @triton.jit
-def _place_in_sum(t, lane):
-    """Of channel `lane` < 64 of token t in what FlashAttention-4 adds up for a head of 128 channels
-    on Hopper; channel `lane` + 64 lies 64 * 64 further on.
+def turned_back(a, b, cos, sin, at, exists):
+    """The gradients of a head's halves in front of the rotation by the angles `at`."""
+    c = tl.load(cos + at, exists, 0.0)
+    s = tl.load(sin + at, exists, 0.0)
+    return a * c + b * s, b * c - a * s
 
-    It is the order of registers (PTX: the matrix fragment D of wgmma). A tile of 64 tokens and 64
-    channels is of 128 threads, which write four registers each at a time: two channels side by side
-    of a token, and of the token 8 behind it.
-    """
-    row = t % 64
-    thread = row // 16 * 32 + row % 8 * 4 + lane // 2 % 4
-    return t // 64 * (64 * 128) + lane // 8 * 512 + thread * 4 + row // 8 % 2 * 2 + lane % 2
+
+@triton.jit
+def before_norm(a, b, x_a, x_b, scale):
+    """The gradients of the halves in front of the norm of each row, and what its scale receives."""
+    factor = 1 / tl.maximum(tl.sqrt(tl.sum(x_a * x_a + x_b * x_b, 1)), TINY)
+    received = tl.sum(x_a * a + x_b * b, 1) * factor
+    along = (received * factor)[:, None]
+    factor = (factor * scale)[:, None]
+    return (a - x_a * along) * factor, (b - x_b * along) * factor, received
 
 
 @triton.jit
@@ -84,7 +87,6 @@ def _backward(
     d_scale,
     cos,
     sin,
-    summed_times,
     tokens,
     length,
     first,
@@ -101,7 +103,6 @@ def _backward(
     SCALE: tl.constexpr,
     ROTATE: tl.constexpr,
     LAST: tl.constexpr,
-    SUMMED: tl.constexpr,
     WIDE: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -114,39 +115,25 @@ def _backward(
     received = tl.zeros([HEADS], WIDE)
     for index in tl.static_range(TOKENS):
         token = program * TOKENS + index
-        if SUMMED:  # pairs that lie beside each other there: 0, 1, 8, 9 of 16; 2, 3, 10, 11; ...
-            token = program // 4 * 16 + program % 4 * 2 + index % 2 + index // 2 * 8
         inside = exists & (token < tokens)
         # Divided as 32 bits, multiplied as 64.
         row, t, token = (token // length).to(tl.int64), token % length, token.to(tl.int64)
         t = t.to(tl.int64)
         source = d_y + row * y_stride_b + head[:, None].to(tl.int64) * y_stride_h
-        if SUMMED:
-            source += _place_in_sum(t, lane)[None, :]
-            a = tl.load(source, inside, 0.0) * summed_times
-            b = tl.load(source + 64 * 64, inside, 0.0) * summed_times
-        else:
-            source += t * y_stride_t + lane[None, :]
-            a = tl.load(source, inside, 0.0).to(WIDE)
-            b = tl.load(source + half, inside, 0.0).to(WIDE)
+        source += t * y_stride_t + lane[None, :]
+        a = tl.load(source, inside, 0.0).to(WIDE)
+        b = tl.load(source + half, inside, 0.0).to(WIDE)
         if ROTATE:
-            angle = t * half + lane
-            c = tl.load(cos + angle, lane < half, 0.0)[None, :]
-            s = tl.load(sin + angle, lane < half, 0.0)[None, :]
-            turned = a * c + b * s
-            b = b * c - a * s
-            a = turned
+            angle = (t * half + lane)[None, :]
+            a, b = turned_back(a, b, cos, sin, angle, (lane < half)[None, :])
         if NORMALIZE:
             x_a = tl.load(x + token * x_stride + at, inside, 0.0).to(WIDE)
             x_b = tl.load(x + token * x_stride + half + at, inside, 0.0).to(WIDE)
-            factor = 1 / tl.maximum(tl.sqrt(tl.sum(x_a * x_a + x_b * x_b, 1)), TINY)
-            along = tl.sum(x_a * a + x_b * b, 1) * factor
-            received += along
-            along *= factor
+            factor = tl.full([HEADS], 1.0, WIDE)
             if SCALE:
-                factor *= tl.load(scale + head, head < heads, 0.0).to(WIDE)
-            a = (a - x_a * along[:, None]) * factor[:, None]
-            b = (b - x_b * along[:, None]) * factor[:, None]
+                factor = tl.load(scale + head, head < heads, 0.0).to(WIDE)
+            a, b, more = before_norm(a, b, x_a, x_b, factor)
+            received += more
         if LAST:  # the last tokens have been handed out as they are, too
             also = inside & (t >= first)
             source = d_last + row * last_stride_b + (t - first) * last_stride_t
@@ -212,19 +199,14 @@ def prepare_heads_backward(
     sin: Tensor | None,
     *,
     normalize: bool,
-    summed_times: float | None = None,
 ) -> Tensor | None:
     """Fills a part of `d_qkv`, like `qkv`; returns the gradient (H,) of `scale`, in at least fp32.
 
     `d_y` (B, T, H, K) and `d_last` (B, n, H, K), what the last tokens of the part receive besides,
-    have the elements of a head beside each other. With `summed_times`, `d_y` is FlashAttention-4's
-    sum of `write_gradients`, and this its factor. For the rest see `prepare_heads_forward`.
+    have the elements of a head beside each other. For the rest see `prepare_heads_forward`.
     """
     batch, length, parts, heads, width = qkv.shape
-    summed = summed_times is not None
-    assert not summed or width == SUMMED_WIDTH
-    programs = triton.cdiv(batch * length, 16) * (16 // TOKENS)
-    y_strides = (d_y.stride(0), 0, d_y.stride(1)) if summed else d_y.stride()[:3]
+    programs = triton.cdiv(batch * length, TOKENS)
     # Of each program, and then of all: a sum in an order that does not change.
     d_scale = None
     if scale is not None:
@@ -240,18 +222,16 @@ def prepare_heads_backward(
             d_scale,
             cos,
             sin,
-            summed_times,
             batch * length,
             length,
             length if d_last is None else length - d_last.shape[1],
             parts * heads * width,
-            *y_strides,
+            *d_y.stride()[:3],
             *((0, 0, 0) if d_last is None else d_last.stride()[:3]),
             NORMALIZE=normalize,
             SCALE=scale is not None,
             ROTATE=cos is not None,
             LAST=d_last is not None,
-            SUMMED=summed,
             TOKENS=TOKENS,
             **_tile(qkv),
         )

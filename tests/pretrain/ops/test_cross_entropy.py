@@ -40,8 +40,26 @@ def test_values_and_gradients_equal_torchs_own(
     assert torch.equal(nll[~mask], torch.zeros_like(nll[~mask]))
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("vocabulary", [1, 29, 8_192, 20_000])  # one block of logits, or several
+@pytest.mark.parametrize("size", [1.0, 300.0])
+def test_the_interpreted_kernel_equals_the_definition(size: float, vocabulary: int) -> None:
+    from pretrain.ops.cross_entropy_kernel import softmax_residual_
+
+    torch.manual_seed(0)
+    logits = size * torch.randn(5, vocabulary + 3)[:, :vocabulary]  # rows that lie apart
+    targets = torch.randint(0, vocabulary, (5,))
+    mask = torch.tensor([True, True, False, True, True])
+    want = logits.detach().clone().requires_grad_()
+    want_nll = F.cross_entropy(want, targets, reduction="none") * mask
+    (gradient,) = torch.autograd.grad(want_nll.sum(), want)
+    nll = torch.empty(5)
+    factor = softmax_residual_(logits, targets, mask, nll)
+    torch.testing.assert_close((nll, factor[:, None] * logits), (want_nll.detach(), gradient))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("vocabulary", [29, 20_000, 32_768, 50_257])  # in registers, or in blocks
+@pytest.mark.parametrize("vocabulary", [29, 20_000, 32_768, 50_257])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 )
