@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pretrain.ops.numerics import matmul_dtype, no_autocast, wide_dtype
+from pretrain.ops.quack_products import quack_is_faster, write_product
 
 
 class CrossEntropy(NamedTuple):
@@ -70,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk_size)
                 h = hidden[part].to(dtype)
                 logits, buffer = logits[: len(h)], buffer[: len(h)]
-                torch.mm(h, w.T, out=logits)
+                _write_product(h, w.T, logits)
                 factor = _softmax_residual_(logits, targets[part], mask[part], nll[part], buffer)
                 if d_hidden is None or d_weight is None:
                     continue
@@ -89,6 +90,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         d_weight = (d_weight * d_loss).to(ctx.weight_dtype)
         return (d_hidden * d_loss).to(d_hidden.dtype), d_weight, None, None, None, None, None
+
+
+def _write_product(a: Tensor, b: Tensor, y: Tensor) -> None:
+    if quack_is_faster(a, b):
+        write_product(a, b, y)
+    else:
+        torch.mm(a, b, out=y)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,24 +1,14 @@
-"""Products of compiled blocks that quack (Dao-AILab/quack; extra `flash`) makes faster than cuBLAS.
-
-A pass of inductor's, so that a model says nn.Linear and nothing else.
-
-A product whose inner width is short, as that of a projection from the model's width, spends much of
-a tile on its way out of the registers; quack's ping-pong kernels multiply the next tile meanwhile.
-On an H100, 65,536 tokens, inner width 1,024: outputs of 3,072 0.57 ms where cuBLAS takes 0.60 to
-0.65, of 1,024 0.20 and 0.22; with inner widths of 2,752 to 5,504 0 to 3 %, and sums over tokens (a
-weight's gradient) none, so that these stay cuBLAS's.
-"""
+"""A pass of inductor's that gives quack the products it makes faster: a model says nn.Linear and
+nothing else."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from pretrain.ops.swiglu_quack import QUACK_INSTALLED
-
-ENOUGH_TILES = 1320  # ten for each of 132 multiprocessors: the last round may be half empty
-SHORT = 1536
+from pretrain.ops import quack_products
+from pretrain.ops.quack_products import QUACK_INSTALLED, quack_is_faster
 
 
 class QuackProducts(CustomGraphPass):
@@ -31,53 +21,4 @@ class QuackProducts(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What compiled code in a cache depends on."""
-        return get_hash_for_files((__file__,)), QUACK_INSTALLED
-
-
-def quack_is_faster(a: Tensor, b: Tensor) -> bool:
-    """Whether to take quack's product of (M, K) and (K, N): on Hopper, where quack is installed, in
-    bf16, for many rows, short and contiguous, and whole tiles of columns. Blackwell was not
-    measured."""
-    rows, inner, columns = *a.shape, b.shape[1]
-    tile = tile_of(columns)
-    return (
-        QUACK_INSTALLED
-        and a.is_cuda
-        and a.dtype == b.dtype == torch.bfloat16
-        and a.stride() == (inner, 1)
-        and b.stride() in ((columns, 1), (1, inner))
-        and inner <= SHORT
-        and inner % 8 == 0
-        and tile is not None
-        and rows // tile[0] * (columns // tile[1]) >= ENOUGH_TILES
-        and torch.cuda.get_device_capability(a.device)[0] == 9
-    )
-
-
-def tile_of(columns: int) -> tuple[int, int] | None:
-    """Rows and columns of a tile, the fastest for 3,072 and for 1,024 columns."""
-    for rows, width in ((128, 192), (192, 128)):
-        if columns % width == 0:
-            return rows, width
-    return None
-
-
-@torch.library.custom_op("longspan::product", mutates_args=())
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times (K, N), where `quack_is_faster`. No derivative: a compiled graph has its own."""
-    from quack.gemm_config import GemmConfig
-    from quack.gemm_interface import gemm_tuned
-
-    tile = tile_of(b.shape[1])
-    assert tile is not None
-    config = GemmConfig(
-        tile_m=tile[0], tile_n=tile[1], pingpong=True, cluster_m=2, is_dynamic_persistent=False
-    )
-    y = a.new_empty(a.shape[0], b.shape[1])
-    gemm_tuned.fn(a, b, y, config=config)
-    return y
-
-
-@product.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
+        return get_hash_for_files((__file__, quack_products.__file__)), QUACK_INSTALLED
