@@ -8,7 +8,7 @@ import torch
 from evals.lra.examples import Examples
 from pretrain.models import Encoder
 from pretrain.ops.numerics import matmul_dtype
-from pretrain.training.compiled_blocks import COMPILED_ERROR, compiled_error
+from pretrain.training.compiled_check import COMPILED_ERROR, compiled_error
 
 # On ListOps, with 500 to 2,000 symbols, rows are 12 % longer than with any multiple of 64; the
 # compiler takes about ten seconds for each.

@@ -9,7 +9,8 @@ from evals.throughput.settings import Measurement
 from pretrain.config import RunConfig
 from pretrain.models import LanguageModel
 from pretrain.models.block import keep_states
-from pretrain.training.engine import compile_blocks, verify_compiled
+from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.compiled_check import verify_compiled
 
 
 class Candidate(Protocol):

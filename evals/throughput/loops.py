@@ -21,9 +21,10 @@ from evals.throughput.settings import Measurement
 from pretrain.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
-from pretrain.training.engine import autocast, build_engine, start_process_group, take_step
+from pretrain.training.engine import build_engine, start_process_group, take_step
 from pretrain.training.metrics import CorpusFacts
 from pretrain.training.optim import parameter_groups
+from pretrain.training.precision import autocast
 from pretrain.training.trainer import Trainer
 
 N_BATCHES = 8

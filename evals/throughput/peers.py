@@ -16,7 +16,7 @@ from evals.throughput.peer_models import BUILDERS, shape_of
 from evals.throughput.settings import Measurement
 from pretrain.config import RunConfig
 from pretrain.ops.cross_entropy import linear_cross_entropy
-from pretrain.training.compiled_blocks import COMPILED_ERROR, compiled_error
+from pretrain.training.compiled_check import COMPILED_ERROR, compiled_error
 
 LARGEST_LEAK = 0.1  # bf16 makes some hundredths of it
 

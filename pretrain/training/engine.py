@@ -24,11 +24,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from pretrain.config import RunConfig
-from pretrain.config_problems import BOUNDARIES
-from pretrain.mixers.base import map_state
-from pretrain.models.block import Block, keep_states
-from pretrain.ops.numerics import matmul_dtype
-from pretrain.training.compiled_blocks import COMPILED_ERROR, compile_blocks, compiled_error
+from pretrain.models.block import keep_states
+from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.compiled_check import verify_compiled
 from pretrain.training.cuda_graphs import RecordedForward
 from pretrain.training.optim import parameter_groups
 
@@ -211,93 +209,6 @@ def build_engine(
     if config.train.cuda_graphs:
         model.forward = RecordedForward(model, carry_state=config.train.carry_state)
     return engine
-
-
-def verify_compiled(
-    model: nn.Module, config: RunConfig, device: torch.device, target_length: int = 0
-) -> None:
-    """Compares one compiled block of each kind with itself uncompiled, as training calls it: with a
-    state only where states are carried, with resets only where batches have them, inputs with
-    gradients, a decoder's as long as targets.
-
-    Training then compiles no block any more, except for what it alone passes and nothing checks: in
-    an encoder-decoder the padding of an epoch's last window.
-
-    Args:
-        model: after `compile_blocks`, on `device`.
-        config: gives the shape of a micro-batch, whether it has resets, and the precision.
-        device: where training runs.
-        target_length: tokens that a block which reads memory is given; 0: no block does.
-
-    Raises:
-        ValueError: when they differ by more than rounding.
-    """
-    rows, d_model = config.train.micro_batch_size, config.model.d_model
-    whole = (rows, config.train.seq_len, d_model)  # an encoder's output, too
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    stacks = [[block for block in blocks if isinstance(block, Block)] for blocks in lists]
-    alone = config.model.activation_checkpointing  # no block leaves anything to the next one
-    kinds = {
-        (block.kind, block.reads_memory, alone or block is stack[0]): block
-        for stack in stacks
-        for block in stack
-    }
-    segments = ("first", "second") if config.train.carry_state else ("first",)
-    boundary = config.data.boundary or BOUNDARIES[config.data.mode][0]
-    for (kind, reads_memory, takes_all), block in kinds.items():
-        if config.model.dropout:
-            block.eval()  # compiled code draws other masks
-        assert target_length or not reads_memory, "a decoder's blocks take tokens of targets"
-        shape = (rows, target_length, d_model) if reads_memory else whole
-        states = [None, None]
-        more: dict[str, Tensor] = {}
-        if block.mixer.takes_counted and block.mixer.causal:  # two-sided ones are told of pads
-            more["counted"] = torch.ones(shape[:2], dtype=torch.bool, device=device)
-        if boundary in ("pad_block", "pad_segment"):  # as data/loader.py: then in every batch
-            edges = len(range(0, config.train.seq_len, block.mixer.reset_grid))
-            more["resets"] = _resets(rows, edges, device)
-        for segment in segments:
-            # As embeddings begin: beside larger x a narrow stream would round away what blocks add.
-            x, added = config.model.init_std * torch.randn(2, *shape, device=device)
-            with autocast(config, device):
-                if not config.model.residual_in_fp32:
-                    x = x.to(matmul_dtype(x))
-                inputs = [x] if takes_all else [x, added.to(matmul_dtype(added))]
-                if reads_memory:  # in the dtype of the norm behind the encoder
-                    memory = torch.randn(whole, device=device)
-                    more["memory"] = memory.to(matmul_dtype(memory)).requires_grad_()
-                # Leaves with a gradient: a compiler distinguishes.
-                inputs = [part.detach().requires_grad_() for part in inputs]
-                if not takes_all:
-                    more["added"] = inputs[1]
-                want = block.forward(inputs[0], states[0], **more)
-                got = block(inputs[0], states[1], **more)
-            in_fp32 = config.train.precision == "fp32"
-            error = compiled_error(
-                block, inputs, want.stream, got.stream, memory=more.get("memory"), each=in_fp32
-            )
-            if not error < COMPILED_ERROR:
-                raise ValueError(
-                    f"train.compile=true: the compiled '{kind}' block differs from the same block "
-                    f"uncompiled by {error:.3f} in an output or a gradient, in the {segment} "
-                    f"segment (torch {torch.__version__}, {device.type}); use train.compile=false "
-                    f"or another torch"
-                )
-            states = [map_state(Tensor.detach, output.state) for output in (want, got)]
-        block.train()
-
-
-def _resets(rows: int, edges: int, device: torch.device) -> Tensor:
-    """(rows, edges) bool. In row 0 documents of 1, 4, 8, 16, ... edges, so that some end early and
-    one goes on for long; in every next row they begin an edge earlier."""
-    place = 2 + torch.arange(rows, device=device)[:, None] + torch.arange(edges, device=device)
-    return (place & (place + 1)) == 0  # at 3, 7, 15, ...
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The precision of training, for forwards outside `engine.forward` (evaluation)."""
-    bf16 = config.train.precision == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def take_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[Tensor | float, Tensor]:

@@ -27,12 +27,13 @@ from pretrain.config import RunConfig
 from pretrain.mixers.base import map_state
 from pretrain.training import health, metrics
 from pretrain.training.checkpoint import CheckpointSaver, plan_resume, restore, start_with
-from pretrain.training.engine import World, autocast, build_engine, take_step
+from pretrain.training.engine import World, build_engine, take_step
 from pretrain.training.late_read import LateRead
 from pretrain.training.manifest import write_json
 from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.optim import schedule_factor
 from pretrain.training.plan import train_flops_per_token
+from pretrain.training.precision import autocast
 from pretrain.training.profiling import StepProfiler
 from pretrain.training.random_state import preserved_random_state, step_seed
 

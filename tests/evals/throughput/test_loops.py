@@ -16,7 +16,7 @@ from evals.throughput.peers import Peer
 from pretrain.config import load_config
 from pretrain.models import LanguageModel
 from pretrain.training.compiled_blocks import compile_blocks
-from pretrain.training.engine import autocast
+from pretrain.training.precision import autocast
 from tests.evals.throughput.tiny import measurement
 
 

@@ -16,7 +16,7 @@ from evals.throughput import peer_models, peers, worker
 from evals.throughput.peer_models import Backbone, ChunkedAttention, Shape, mlp_width
 from evals.throughput.peers import Peer
 from evals.throughput.settings import PEERS
-from pretrain.training.engine import autocast
+from pretrain.training.precision import autocast
 from tests.evals.throughput.tiny import measurement
 
 PACKAGES = ["mega_pytorch", "block_recurrent_pytorch"]

@@ -12,8 +12,9 @@ from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig, build_model
 from pretrain.models.block import BlockOutput
 from pretrain.models.layers import RMSNorm
-from pretrain.training.compiled_blocks import compile_blocks, compiled_error
-from pretrain.training.engine import autocast, verify_compiled
+from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.compiled_check import compiled_error, verify_compiled
+from pretrain.training.precision import autocast
 
 
 def test_many_kinds_of_layers_all_stay_compiled() -> None:
