@@ -10,6 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_naive
 
 TOKENS, WIDTH, VOCABULARY = 37, 8, 29
+every_dtype = pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -22,9 +25,7 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 16, 37, 4096])
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
-)
+@every_dtype
 def test_values_and_gradients_equal_torchs_own(
     chunk_size: int, dtype: torch.dtype, bound: float
 ) -> None:
@@ -43,26 +44,82 @@ def test_values_and_gradients_equal_torchs_own(
 @pytest.mark.triton
 @pytest.mark.parametrize("vocabulary", [1, 29, 8_192, 20_000])  # one block of logits, or several
 @pytest.mark.parametrize("size", [1.0, 300.0])
-def test_the_interpreted_kernel_equals_the_definition(size: float, vocabulary: int) -> None:
+@every_dtype
+def test_the_interpreted_kernel_equals_the_definition(
+    dtype: torch.dtype, bound: float, size: float, vocabulary: int
+) -> None:
     from pretrain.ops.cross_entropy_kernel import softmax_residual_
 
     torch.manual_seed(0)
-    logits = size * torch.randn(5, vocabulary + 3)[:, :vocabulary]  # rows that lie apart
+    logits = (size * torch.randn(5, vocabulary + 3)).to(dtype)[:, :vocabulary]  # rows lie apart
     targets = torch.randint(0, vocabulary, (5,))
     mask = torch.tensor([True, True, False, True, True])
-    want = logits.detach().clone().requires_grad_()
+    want = logits.detach().double().requires_grad_()
     want_nll = F.cross_entropy(want, targets, reduction="none") * mask
     (gradient,) = torch.autograd.grad(want_nll.sum(), want)
-    nll = torch.empty(5)
+    nll = torch.empty(5, dtype=torch.promote_types(dtype, torch.float32))
     factor = softmax_residual_(logits, targets, mask, nll)
-    torch.testing.assert_close((nll, factor[:, None] * logits), (want_nll.detach(), gradient))
+    for found, right in ((nll, want_nll), (factor[:, None] * logits.double(), gradient)):
+        assert (found.double() - right).norm() <= bound * right.norm()
+
+
+@pytest.fixture
+def by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of torch's operations, as on a GPU."""
+    from pretrain.ops.cross_entropy_kernel import softmax_residual_
+
+    monkeypatch.setattr(
+        "pretrain.ops.cross_entropy._softmax_residual_",
+        lambda logits, targets, mask, nll, _: softmax_residual_(logits, targets, mask, nll)[
+            :, None
+        ],
+    )
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("by_the_kernel")
+def test_the_interpreted_operator_keeps_the_rules_of_torch_library() -> None:
+    from pretrain.ops.cross_entropy_kernel import softmax_residual_
+
+    given = torch.randn(3, 7), torch.tensor([0, 6, 2]), torch.tensor([True, False, True])
+    torch.library.opcheck(softmax_residual_, (*given, torch.empty(3)))
+
+
+def check_compiled(dtype: torch.dtype, backend: str, device: str, bound: float) -> None:
+    """In one graph, chunks of two sizes, values and gradients."""
+    torch._dynamo.reset()
+    hidden, weight, targets, mask = (x.detach().to(device) for x in problem(dtype))
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False, backend=backend)
+    results = []
+    for form in (linear_cross_entropy, compiled):
+        loss, nll = form(*leaves, targets, mask, chunk_size=16)
+        results.append([loss, nll, *torch.autograd.grad(3 * loss, leaves)])
+    for want, got in zip(*results, strict=True):
+        assert (got - want).norm() <= bound * want.norm()
+
+
+@every_dtype
+def test_traced_it_computes_the_same(dtype: torch.dtype, bound: float) -> None:
+    check_compiled(dtype, "aot_eager", "cpu", bound)
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("by_the_kernel")
+@every_dtype
+def test_traced_with_the_kernel_it_computes_the_same(dtype: torch.dtype, bound: float) -> None:
+    check_compiled(dtype, "aot_eager", "cpu", bound)
+
+
+@pytest.mark.gpu
+@every_dtype
+def test_compiled_on_a_gpu_it_computes_the_same(dtype: torch.dtype, bound: float) -> None:
+    check_compiled(dtype, "inductor", "cuda", bound)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocabulary", [29, 20_000, 32_768, 50_257])
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
-)
+@every_dtype
 def test_the_kernel_equals_the_definition(
     dtype: torch.dtype, bound: float, vocabulary: int
 ) -> None:
