@@ -93,6 +93,9 @@ class Measurement:
                 f"train.compile={self.compile}",
                 "data.mode=windows",  # random tokens come without resets, which blocks are told of
                 "data.boundary=packed",
+                # One rate in all loops: logits that are learned draw less power than a guess.
+                "schedule.type=constant",
+                "schedule.warmup_fraction=0",
                 f"zero.stage={self.zero_stage}",
                 f"out_dir={run_dir.parent}",
                 f"name={run_dir.name}",

@@ -54,7 +54,7 @@ def _backward_of_sum(
     inside = (t < length)[:, None]
     at = (row * length + t)[:, None] * x_stride + lane[None, :]
     angle = t[:, None] * HALF + lane[None, :]
-    summed += row * stride_b + group // 4 * (64 * 128) + group % 4 * 128
+    summed += row * stride_b + (group // 4).to(tl.int64) * (64 * 128) + group % 4 * 128
     d_scale += (row * tl.num_programs(0) + group) * heads
     for head in range(heads):
         a = tl.where(inside, _rows(summed) * times, 0.0)  # nobody fills what is behind the end

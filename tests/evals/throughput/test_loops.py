@@ -16,6 +16,7 @@ from evals.throughput.peers import Peer
 from pretrain.config import load_config
 from pretrain.models import LanguageModel
 from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.optim import schedule_factor
 from pretrain.training.precision import autocast
 from tests.evals.throughput.tiny import measurement
 
@@ -25,6 +26,13 @@ def test_llama_takes_steps_of_every_precision(tmp_path: Path, precision: str) ->
     result = worker.measure(asdict(measurement(tmp_path, model="llama", precision=precision)))
     assert result["status"] == "ok"
     assert MIN_STEPS <= len(result["step_seconds"]) <= MAX_STEPS
+
+
+def test_the_trainer_trains_at_the_rate_of_a_bare_loop(tmp_path: Path) -> None:
+    """Which is the optimizer's from the first step on."""
+    config = measurement(tmp_path).config()
+    total = config.train.total_tokens
+    assert {schedule_factor(at, total, config.schedule) for at in (0, 1, 64, total)} == {1.0}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
