@@ -60,7 +60,7 @@ def _ssm_chunks_backward(
         return _backward(d_y, d_s, rows, matrix.to(rows.dtype), decay, keep)
 
 
-@torch.library.custom_op("longspan::ssm_chunks_of_modes", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("longspan::ssm_chunks_of_modes", mutates_args=())
 def ssm_chunks_of_modes(
     u: Tensor,
     decay: Tensor,
@@ -95,9 +95,7 @@ def ssm_chunks_of_modes(
         return *_forward(u, *formed, s, keep), *formed
 
 
-@torch.library.custom_op(
-    "longspan::ssm_chunks_of_modes_backward", mutates_args=(), device_types="cuda"
-)
+@torch.library.custom_op("longspan::ssm_chunks_of_modes_backward", mutates_args=())
 def _ssm_chunks_of_modes_backward(
     d_y: Tensor,
     d_s: Tensor,

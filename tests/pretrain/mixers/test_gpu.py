@@ -31,10 +31,13 @@ WINDOWS, HEAD_WIDTHS = (64, 128), (32, 64)
 SHAPES = [(window, width) for window in WINDOWS for width in HEAD_WIDTHS]
 
 
-OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {  # of window and head width
+# Of window and head width, by a mixer's name, behind which may stand that of a variant.
+OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "attention": lambda w, k: {"n_heads": D_MODEL // k},
     "block_recurrent": lambda w, k: {"n_heads": D_MODEL // k, "block_size": w, "n_states": k},
     "bst": lambda w, k: {"n_heads": D_MODEL // k, "block_size": w, "chunk_size": 32},
+    "bst mh": lambda w, k: OPTIONS["bst"](w, k) | {"variant": "mh"},
+    "bst mf": lambda w, k: OPTIONS["bst"](w, k) | {"variant": "mf", "n_filters": k // 4},
     "ema": lambda w, k: {"chunk_size": w, "n_modes": k // 4},
     "gss": lambda w, k: {"chunk_size": w, "n_modes": k // 4, "reduce": 2},
     "longvq": lambda w, k: {"block_size": w, "d_shared": k, "n_codes": 8, "n_modes": k // 4},
@@ -55,12 +58,12 @@ QUANTISED = ("longvq",)
 # Inductor takes 10 s and more for each.
 COMPILED_FIRST = ("attention", "bst", "s4d", "swa")
 
-every_mixer = pytest.mark.parametrize("name", mixers.names())
+every_mixer = pytest.mark.parametrize("name", OPTIONS)
 every_compiled = pytest.mark.parametrize(
     "name",
     [
         pytest.param(name, marks=() if name in COMPILED_FIRST else pytest.mark.slow)
-        for name in mixers.names()
+        for name in OPTIONS
     ],
 )
 every_shape = pytest.mark.parametrize(("window", "width"), SHAPES)
@@ -68,7 +71,7 @@ every_shape = pytest.mark.parametrize(("window", "width"), SHAPES)
 
 def build(name: str, window: int, width: int) -> TokenMixer:
     torch.manual_seed(0)
-    mixer = mixers.build(name, d_model=D_MODEL, **OPTIONS[name](window, width))
+    mixer = mixers.build(name.split()[0], d_model=D_MODEL, **OPTIONS[name](window, width))
     mixer.reset_grid = math.lcm(mixer.block_size, window)
     return mixer
 
@@ -179,7 +182,7 @@ def test_initial_state_is_the_start_of_a_document(name: str) -> None:
 
 
 def test_every_registered_mixer_has_options() -> None:
-    assert sorted(OPTIONS) == mixers.names()
+    assert sorted({name.split()[0] for name in OPTIONS}) == mixers.names()
 
 
 @pytest.mark.gpu

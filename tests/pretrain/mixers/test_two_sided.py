@@ -364,6 +364,43 @@ def test_forward_mutates_nothing(row: str, training: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
 
 
+# On a GPU, as in test_gpu.py. fp32: the same sums in another order. bf16: 8 bits, over a few
+# roundings in a row; one parameter's gradient may be a sum that cancels, together they do not.
+FP32, BF16, BF16_ALONE = 1e-4, 2e-2, 1e-1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["s4", "s4d", "s5"])
+def test_filters_on_a_gpu_equal_fp64(name: str, bf16: bool) -> None:
+    """Values and gradients, over whole chunks and a shorter one, with pads on either side."""
+    torch.manual_seed(0)
+    width, length = 64, 150
+    mixer = mixers.build(name, d_model=width, causal=False, chunk_size=32, n_modes=16)
+    x = torch.randn(BATCH, length, width).bfloat16()
+    weights = torch.randn(BATCH, length, width)
+    padding = torch.zeros(BATCH, length, dtype=torch.bool)
+    padding[0, 130:], padding[1, :21] = True, True
+
+    def found(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        mixer.to(device, dtype)
+        on, leaf = padding.to(device), x.to(device, dtype).requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16 and dtype != torch.float64):
+            y = mixer(leaf, padding=on).y.masked_fill(on.unsqueeze(-1), 0)
+        parameters = dict(mixer.named_parameters())
+        loss = (y.double() * weights.to(device)).sum()
+        gradients = torch.autograd.grad(loss, [leaf, *parameters.values()])
+        values = {"y": y, **dict(zip(["x", *parameters], gradients, strict=True))}
+        values["parameters"] = torch.cat([values[key].flatten() for key in parameters])
+        return {key: value.detach().double().cpu() for key, value in values.items()}
+
+    got, want = found("cuda", torch.float32), found("cpu", torch.float64)
+    errors = {key: ((got[key] - b).norm() / b.norm()).item() for key, b in want.items()}
+    bounds = dict.fromkeys(want, BF16_ALONE if bf16 else FP32)
+    bounds |= dict.fromkeys(("y", "x", "parameters"), BF16 if bf16 else FP32)
+    assert all(errors[key] < bound for key, bound in bounds.items()), errors  # NaN fails
+
+
 def test_spade_has_no_two_sided_chunks() -> None:
     with pytest.raises(ValueError, match="choose window"):
         mixers.build("spade", d_model=D_MODEL, causal=False, **SPADE, attention="chunk")

@@ -5,9 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.gated_norm import GatedNorm, fused_gated_norm_linear, gated_norm_linear
+from pretrain.ops.gated_norm import (
+    GatedNorm,
+    _fused_gated_norm_linear_backward,
+    fused_gated_norm_linear,
+    gated_norm_linear,
+)
 
-# fp64 and fp32: order of summation, exp. bf16: what is read, written and multiplied is rounded.
+# fp64 and fp32: order of summation, exp. bf16: what is read, written and multiplied is rounded, by
+# Triton's interpreter towards zero.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 EPS, D = 1e-5, 5
 
@@ -65,12 +71,29 @@ def test_values_and_gradients_equal_the_definition(
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@every_dtype
 @every_size
 def test_interpreted_kernels_equal_the_definition(
     width: int, groups: int, dtype: torch.dtype
 ) -> None:
     check(width, groups, dtype, "cpu", fused=True)
+
+
+@pytest.mark.triton
+def test_traced_it_computes_the_same() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        fused_gated_norm_linear, fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    inputs = leaves(12, torch.bfloat16, "cpu")  # and the gain in fp32
+    d = torch.randn(2, 17, D, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    for form in (compiled, fused_gated_norm_linear):
+        out = form(*inputs, 3, EPS)
+        results.append([out, *torch.autograd.grad(out, inputs, d)])
+    for got, eager in zip(*results, strict=True):
+        assert got.dtype == eager.dtype
+        assert torch.equal(got, eager)
 
 
 @pytest.mark.gpu
@@ -81,9 +104,12 @@ def test_the_kernels_equal_the_definition(width: int, groups: int, dtype: torch.
 
 
 def check_the_rules_of_torch_library(device: str) -> None:
-    inputs = leaves(12, torch.float32, device, tokens=3)
+    inputs = leaves(12, torch.bfloat16, device, tokens=3)  # the gain has another dtype
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(fused_gated_norm_linear, (*inputs, 3, EPS), test_utils=tests)
+    d = torch.randn(2, 3, D).to(inputs[0])
+    given = (d, *(leaf.detach() for leaf in inputs), 3, EPS)
+    torch.library.opcheck(_fused_gated_norm_linear_backward, given, test_utils=tests[:2])
 
 
 @pytest.mark.triton

@@ -69,3 +69,15 @@ def test_block_ends_are_those_of_the_recurrence(
         assert a.shape == b.shape
         error = (a.to(b.dtype) - b).norm() / b.norm().clamp(min=1e-30)
         assert error < BOUNDS[dtype]
+
+
+def test_traced_it_computes_the_same() -> None:
+    torch._dynamo.reset()
+    traced = torch.compile(lti_block_ends, fullgraph=True, dynamic=False, backend="aot_eager")
+    u, leaves = problem(3 * W + 3, torch.float64)
+    edges = range(5, 3 * W + 3, W)
+    resets = torch.tensor([[False, True, False], [True, False, False]])
+    arguments = {"offset": 3, "resets": resets, "edges": edges}
+    results = [evaluate(form, u, leaves, **arguments) for form in (traced, lti_block_ends)]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=BOUNDS[torch.float64])

@@ -1,5 +1,6 @@
 """Attention out of the joined projection equals its two halves, values and gradients."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -117,10 +118,35 @@ def test_it_is_the_definition_where_flash_does_what_it_says(name: str) -> None:
 
 
 @pytest.fixture
+def wide_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plain_flash`, which is in place, adds up in fp32 and rounds what it returns."""
+    interface = sys.modules["flash_attn.cute.interface"]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
+        y, *rest = plain_flash.plain_forward(q.float(), k.float(), v.float(), **options)
+        return y.to(q.dtype), *rest
+
+    def backward(*tensors: Tensor, **options: Any) -> None:
+        plain_flash.plain_backward(*(t.float() for t in tensors), **options)
+
+    monkeypatch.setattr(interface, "_flash_attn_fwd", forward)
+    monkeypatch.setattr(interface, "_flash_attn_bwd", backward)
+
+
+@pytest.fixture
 def seen_anew() -> Iterator[None]:
     module.reads_sums.cache_clear()
     yield
     module.reads_sums.cache_clear()
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("plain_flash", "wide_flash", "seen_anew")
+@pytest.mark.parametrize("name", ["norms and positions", "documents", "heads of 128"])
+def test_in_bf16_it_stays_close_to_the_definition(name: str) -> None:
+    check(flash_projected_window_attention, CASES[name], torch.bfloat16, "cpu")
+    # Where the sums are not read, that pass is not what was compared.
+    assert module.reads_sums(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.triton

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+from pretrain.mixers.s4d import S4D
+from pretrain.models.block import Block
 from pretrain.ops.lti_ssm import SSMParameters, lti_ssm
+from tests.pretrain.ops.test_ssd import check_compiled
 
 D, B = 24, 3
 
@@ -11,7 +15,15 @@ D, B = 24, 3
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("chunk_size", "modes", "length"),
-    [(128, 16, 2500), (64, 16, 512), (16, 4, 127), (5, 8, 127), (128, 33, 300), (128, 33, 1)],
+    [
+        (128, 16, 2500),
+        (64, 16, 512),
+        (16, 4, 127),
+        (5, 8, 127),
+        (128, 33, 300),
+        (128, 33, 1),
+        (64, 64, 200),
+    ],
 )
 @pytest.mark.parametrize(
     ("dtype", "bound"),
@@ -59,3 +71,23 @@ def test_kernels_equal_the_chunked_form_in_fp64(
         for name, a, b in zip(names, got, want, strict=True)
     }
     assert all(error <= bound for error in found.values()), str(found)  # NaN fails
+
+
+@pytest.mark.gpu
+def test_a_compiled_block_computes_the_same() -> None:
+    """In bf16, where a kernel forms the matrix, with a state and resets."""
+    torch.manual_seed(0)
+    width, length = 256, 300
+    mixer = S4D(width, chunk_size=64)
+    block = Block("s4d", mixer, d_model=width, d_ff=512, mlp="swiglu").cuda()
+    x = torch.randn(2, length, width, device="cuda", requires_grad=True)
+    resets = torch.rand(2, 5, device="cuda") < 0.4
+    state = mixer.init_state(2, device=x.device, dtype=torch.bfloat16)
+    state = state._replace(ssm=torch.randn_like(state.ssm))
+
+    def form(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = block(x, state, resets)
+        return out.stream, out.state.ssm
+
+    check_compiled(form, "inductor", [x], 2e-2, list(block.parameters()))

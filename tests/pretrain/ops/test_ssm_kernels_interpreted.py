@@ -34,7 +34,9 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], bound: float) 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize(("batch", "chunks", "modes"), [(3, 7, 16), (1, 35, 3), (3, 1, 1)])
+@pytest.mark.parametrize(
+    ("batch", "chunks", "modes"), [(3, 7, 16), (1, 35, 3), (3, 1, 1), (2, 3, 64)]
+)
 def test_the_scan_and_its_adjoint(
     batch: int,
     chunks: int,
@@ -64,7 +66,10 @@ def test_the_scan_and_its_adjoint(
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize(("size", "modes"), [(128, 16), (33, 3), (5, 4), (1, 1)])
+@pytest.mark.parametrize(
+    ("size", "modes"),
+    [(128, 16), (33, 3), (5, 4), (1, 1), (64, 8), (64, 64), (128, 8), (128, 64)],
+)
 def test_the_matrix_and_its_gradients(size: int, modes: int, dtype: torch.dtype) -> None:
     from pretrain.ops.ssm_operator_kernels import form_matrix, gradients_of_modes
 

@@ -27,7 +27,8 @@ from pretrain.ops.swiglu_quack import (
 )
 
 # Of the sum of the magnitudes of what is added up. bf16: autograd on a CPU rounds three times on
-# the way to a result, by 2^-8 each, the kernels twice. fp32: a sum's order, and exp.
+# the way to a result, by 2^-8 each, the kernels twice; Triton's interpreter rounds towards zero, by
+# 2^-7. fp32: a sum's order, and exp.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
 WIDTHS = [1, 7, 1024, 2752]  # odd ones, one block, the last block not full
 D = 16
@@ -43,6 +44,13 @@ def leaves(width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [leaf.to(device, dtype).requires_grad_() for leaf in (x, weight)]
 
 
+def magnitudes_of_silu(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """And of the terms of its derivative."""
+    sigmoid = gate.sigmoid()
+    silu = (gate * sigmoid).abs()
+    return silu, sigmoid + silu * (1 - sigmoid)
+
+
 def check_against_the_definition(width: int, dtype: torch.dtype, device: str) -> None:
     x, weight = leaves(width, dtype, device)
     wide = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
@@ -51,8 +59,7 @@ def check_against_the_definition(width: int, dtype: torch.dtype, device: str) ->
     assert got.dtype == dtype
 
     gate, up = (half.detach() for half in wide[0].chunk(2, -1))
-    sigmoid, magnitudes = gate.sigmoid(), wide[1].detach().abs()
-    silu, slope = (gate * sigmoid).abs(), sigmoid + (gate * sigmoid).abs() * (1 - sigmoid)
+    magnitudes, (silu, slope) = wide[1].detach().abs(), magnitudes_of_silu(gate)
     triples = [(got, want, (silu * up.abs()) @ magnitudes.T)]
     factor = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(device)
     for d in (factor, factor.sum(0).expand_as(want)):  # of the second, memory overlaps
@@ -76,6 +83,30 @@ def check_against_the_definition(width: int, dtype: torch.dtype, device: str) ->
 @every_dtype
 def test_values_and_gradients_equal_the_definition(dtype: torch.dtype) -> None:
     check_against_the_definition(7, dtype, "cpu")
+
+
+@pytest.mark.triton
+@every_dtype
+@pytest.mark.parametrize("width", [1, 7, 1030])
+def test_interpreted_kernels_equal_the_definition(dtype: torch.dtype, width: int) -> None:
+    from pretrain.ops.swiglu_kernels import swiglu_backward, swiglu_forward
+
+    x = leaves(width, dtype, "cpu")[0].detach()
+    wide = x.double().requires_grad_()
+    gate, up = wide.chunk(2, -1)
+    want = F.silu(gate) * up
+    d = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (d_want,) = torch.autograd.grad(want, wide, d.double())
+
+    (silu, slope), above = magnitudes_of_silu(gate.detach()), d.double().abs()
+    scale = silu * up.detach().abs()
+    d_scale = torch.cat([above * up.detach().abs() * slope, above * silu], -1)
+    d_got, again = swiglu_backward(d, x)
+    triples = [(swiglu_forward(x), want, scale), (again, want, scale), (d_got, d_want, d_scale)]
+    for a, b, size in triples:
+        assert a.dtype == dtype
+        assert a.isfinite().all()
+        assert ((a.double() - b).abs() <= BOUNDS[dtype] * size).all()
 
 
 @pytest.mark.gpu

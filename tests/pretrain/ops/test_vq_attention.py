@@ -9,6 +9,7 @@ from pretrain.ops.vq_attention import (
     VQCache,
     nearest_codes,
     straight_through,
+    two_sided_vq_attention,
     vq_attention,
     vq_attention_quadratic,
 )
@@ -17,6 +18,10 @@ W, BATCH, HEADS, CODES, KEY, VALUE = 8, 2, 2, 5, 4, 6
 
 # fp64 and fp32: order of summation. bf16: scores and weights have 8 bits, errors average out.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+every_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+every_length = pytest.mark.parametrize("length", [1, W - 1, 2 * W + 3, 6 * W])
+every_offset = pytest.mark.parametrize("offset", [None, 0, 3], ids=lambda o: f"offset {o}")
 
 
 def problem(length: int, offset: int | None, dtype: torch.dtype) -> list[Tensor]:
@@ -57,21 +62,35 @@ def evaluate(
         offset=offset or 0,
         fresh=fresh,
     )
-    generator = torch.Generator().manual_seed(1)
     held = cache.means * (cache.counts > 0).unsqueeze(-1)  # the mean of nothing is anything
-    loss = sum(
-        (t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum()
-        for t in (y, held)
-    )
-    return [y, *cache, *torch.autograd.grad(loss, tensors[:5])]
+    return [y, *cache, *gradients((y, held), tensors[:5])]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("length", [1, W - 1, 2 * W + 3, 6 * W])
-@pytest.mark.parametrize("offset", [None, 0, 3], ids=lambda o: f"offset {o}")
-def test_linear_form_equals_the_quadratic_one(
-    length: int, offset: int | None, dtype: torch.dtype
-) -> None:
+def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of a fixed functional."""
+    generator = torch.Generator().manual_seed(1)
+    factors = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
+    pairs = zip(outputs, factors, strict=True)
+    loss = sum((t.double() * factor.to(t.device)).sum() for t, factor in pairs)
+    return torch.autograd.grad(loss, leaves)
+
+
+def assert_close(got: list[Tensor], want: list[Tensor], values: int, dtype: torch.dtype) -> None:
+    """The first `values` are no gradients."""
+    got, want = ([t.double().cpu() for t in x] for x in (got, want))
+    if dtype == torch.bfloat16:
+        # Gradients are judged together: a single one may be a sum of few terms that cancel.
+        got, want = (
+            [*x[:values], torch.cat([g.flatten() for g in x[values:]])] for x in (got, want)
+        )
+    for a, b in zip(got, want, strict=True):
+        error = (a - b).norm() / b.norm().clamp(min=1e-30)
+        # A lone key has weight 1 and its scores no gradient at all.
+        assert error < BOUNDS[dtype] or (a - b).abs().max() < 1e-2 * BOUNDS[dtype]
+
+
+def check_linear_form(length: int, offset: int | None, dtype: torch.dtype, device: str) -> None:
+    """Against the quadratic one in fp64 on a CPU, which chooses the codes."""
     tensors = problem(length, offset, dtype)
     codes = nearest_codes(tensors[1], tensors[5])
     if offset is not None:
@@ -79,19 +98,75 @@ def test_linear_form_equals_the_quadratic_one(
     blocks = -(-((offset or 0) + length) // W)
     flags = torch.rand(BATCH, blocks, generator=torch.Generator().manual_seed(3)) < 0.3
     for fresh in [None, flags] if offset is None else [flags, flags[:, :1] & False, flags[:, :1]]:
-        got = evaluate(vq_attention, tensors, codes, offset, fresh)
+        given = [t.detach().to(device).requires_grad_(t.requires_grad) for t in tensors]
+        there = None if fresh is None else fresh.to(device)
+        got = evaluate(vq_attention, given, codes.to(device), offset, there)
         wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
         want = evaluate(vq_attention_quadratic, wide, codes, offset, fresh)
-        assert torch.equal(got[1].double(), want[1])  # counts
-        if dtype == torch.bfloat16:
-            # Gradients are judged together: a single one may be a sum of few terms that cancel.
-            got, want = (
-                [*x[:3], torch.cat([g.flatten().double() for g in x[3:]])] for x in (got, want)
-            )
-        for a, b in zip(got, want, strict=True):
-            error = (a.double() - b).norm() / b.norm().clamp(min=1e-30)
-            # A lone key has weight 1 and its scores no gradient at all.
-            assert error < BOUNDS[dtype] or (a.double() - b).abs().max() < 1e-2 * BOUNDS[dtype]
+        assert torch.equal(got[1].double().cpu(), want[1])  # counts
+        assert_close(got, want, 3, dtype)
+
+
+@every_dtype
+@every_length
+@every_offset
+def test_linear_form_equals_the_quadratic_one(
+    length: int, offset: int | None, dtype: torch.dtype
+) -> None:
+    check_linear_form(length, offset, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_length
+@every_offset
+def test_on_a_gpu_it_equals_the_quadratic_form(
+    length: int, offset: int | None, dtype: torch.dtype
+) -> None:
+    check_linear_form(length, offset, dtype, "cuda")
+
+
+def two_sided_quadratic(
+    q: Tensor,
+    local_q: Tensor,
+    local_k: Tensor,
+    codes: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    bias: Tensor,
+    *,
+    block_size: int,
+) -> Tensor:
+    """One dense softmax over all keys, each by itself."""
+    time = torch.arange(q.shape[1])
+    blocks = time // block_size
+    # The bias begins with distance 1 - 2W; what lies outside of it is not near.
+    place = (time[:, None] - time + 2 * block_size - 1).clamp(0, 4 * block_size - 2)
+    near = torch.einsum("bthk,bshk->bhts", local_q, local_k) + bias[:, place]
+    far = torch.einsum("bthk,bshk->bhts", q, codebook[torch.arange(HEADS), codes.clamp(min=0)])
+    scores = torch.where((blocks[:, None] - blocks).abs() <= 1, near, far)
+    hidden = (codes == FORGOTTEN).transpose(1, 2).unsqueeze(2)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshv->bthv", weights, v)
+
+
+@every_dtype
+@pytest.mark.parametrize("length", [W - 1, 2 * W + 3, 6 * W])
+def test_two_sided_form_equals_the_quadratic_one(length: int, dtype: torch.dtype) -> None:
+    tensors = problem(length, None, dtype)
+    codes = nearest_codes(tensors[1], tensors[5])
+    codes[0, 2, 1] = codes[1, -3:] = FORGOTTEN
+    results = []
+    for form, kind in ((two_sided_vq_attention, dtype), (two_sided_quadratic, torch.float64)):
+        wide = torch.promote_types(kind, torch.float32)
+        given = [t.detach().to(wide if i > 2 else kind) for i, t in enumerate(tensors)]
+        q, k, v, bias, *_ = leaves = [t.requires_grad_() for t in given[:4]]
+        both = torch.cat([2 * bias.flip(1), bias[:, 1:]], 1)  # keys ahead have a bias of their own
+        local_k, book = straight_through(k, codes, given[5]), given[5]
+        y = form(q, q * 0.7, local_k, codes, v, book, both, block_size=W)
+        results.append([y, *gradients((y,), leaves)])
+    assert results[0][0].dtype == dtype
+    assert_close(*results, 1, dtype)
 
 
 def test_gradient_reaches_keys_inside_the_exact_zone_only() -> None:
