@@ -78,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # Rounded as they are written: as a result of its own a product would be wide.
                 torch.mul(logits @ w, factor, out=d_hidden[part])
                 scaled = torch.mul(h, factor, out=torch.empty_like(h))
-                _add_product_(d_weight, logits.T, scaled)
+                add_product_(d_weight, logits.T, scaled)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
@@ -99,12 +99,22 @@ def _write_product(a: Tensor, b: Tensor, y: Tensor) -> None:
         torch.mm(a, b, out=y)
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, where `total` may be wider; on a GPU in the product itself."""
+@torch.library.custom_op("longspan::add_product_", mutates_args=("total",))
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where `total` may be wider; on a GPU in the product itself. No derivative.
+
+    An operator because torch 2.11 fails to trace an addmm whose result is wider than its factors:
+    it takes the result's dtype for the factor of `total`.
+    """
     if total.is_cuda and total.dtype != a.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
+
+
+@add_product_.register_fake
+def _(total: Tensor, a: Tensor, b: Tensor) -> None:
+    return None
 
 
 def _softmax_residual_(

@@ -7,7 +7,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_naive
+from pretrain.ops.cross_entropy import (
+    add_product_,
+    linear_cross_entropy,
+    linear_cross_entropy_naive,
+)
 
 TOKENS, WIDTH, VOCABULARY = 37, 8, 29
 every_dtype = pytest.mark.parametrize(
@@ -83,6 +87,10 @@ def test_the_interpreted_operator_keeps_the_rules_of_torch_library() -> None:
 
     given = torch.randn(3, 7), torch.tensor([0, 6, 2]), torch.tensor([True, False, True])
     torch.library.opcheck(softmax_residual_, (*given, torch.empty(3)))
+
+
+def test_the_operator_keeps_the_rules_of_torch_library() -> None:
+    torch.library.opcheck(add_product_, (torch.zeros(3, 5), torch.randn(3, 4), torch.randn(5, 4).T))
 
 
 def check_compiled(dtype: torch.dtype, backend: str, device: str, bound: float) -> None:
