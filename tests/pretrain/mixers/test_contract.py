@@ -135,7 +135,8 @@ def residual(mixer: TokenMixer, arguments: tuple[Any, ...], output: MixerOutput)
     """What the block adds to the stream, so that a gate is held to the contract too."""
     if output.gate is None:
         return output
-    return output._replace(y=output.gate * (output.y - arguments[0]), gate=None)
+    # Not by _replace: torch 2.11 compiles that into an empty tuple.
+    return MixerOutput(output.gate * (output.y - arguments[0]), output.state, output.aux)
 
 
 def inputs(length: int = RAGGED, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
