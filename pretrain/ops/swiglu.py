@@ -46,7 +46,9 @@ def gate_up_linear(x: Tensor, weight: Tensor) -> Gated:
         weight: (2F, D), the gate in front.
     """
     if quack_serves(x, weight):
-        return Gated(*linear_swiglu_in_turns(x.bfloat16(), in_turns(weight.bfloat16())))
+        rows = x.bfloat16().flatten(0, -2)
+        gated = linear_swiglu_in_turns(rows, in_turns(weight.bfloat16()))
+        return Gated(*(y.unflatten(0, x.shape[:-1]) for y in gated))
     return Gated(F.linear(x, weight))
 
 

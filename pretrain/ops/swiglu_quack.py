@@ -49,18 +49,15 @@ def in_turns(weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("longspan::linear_swiglu_in_turns", mutates_args=())
 def linear_swiglu_in_turns(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """W x, (..., 2F), and of it, without a gradient, silu(gate) * up, (..., F).
+    """W x, (M, 2F), and of it, without a gradient, silu(gate) * up, (M, F).
 
     Args:
-        x: (..., D), bf16.
+        x: (M, D), bf16; of more axes inductor would write a copy for the gradient of the weight.
         weight: (2F, D), bf16.
     """
     from quack.gemm_interface import gemm_gated
 
-    gate_up, hidden = gemm_gated(
-        x.flatten(0, -2).contiguous(), weight.contiguous().T, activation="swiglu", tuned=False
-    )
-    return gate_up.view(*x.shape[:-1], -1), hidden.view(*x.shape[:-1], -1)
+    return gemm_gated(x.contiguous(), weight.contiguous().T, activation="swiglu", tuned=False)
 
 
 @torch.library.custom_op("longspan::swiglu_linear_in_turns", mutates_args=())
@@ -89,8 +86,8 @@ def _swiglu_linear_in_turns_backward(
 
 @linear_swiglu_in_turns.register_fake
 def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    width, rest = weight.shape[0], x.shape[:-1]
-    return x.new_empty(*rest, width), x.new_empty(*rest, width // 2)
+    (rows, _), width = x.shape, weight.shape[0]
+    return x.new_empty(rows, width), x.new_empty(rows, width // 2)
 
 
 @swiglu_linear_in_turns.register_fake
@@ -111,7 +108,7 @@ def _save_first(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, T
 
 def _backward_first(ctx: Any, d_gate_up: Tensor, _: None) -> tuple[Tensor, Tensor]:
     x, weight = ctx.saved_tensors
-    return d_gate_up @ weight, d_gate_up.flatten(0, -2).T @ x.flatten(0, -2)
+    return d_gate_up @ weight, d_gate_up.T @ x
 
 
 def _save_second(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

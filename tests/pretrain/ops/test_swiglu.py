@@ -224,8 +224,9 @@ def test_gate_and_up_taking_turns_are_the_definition(compiled: bool) -> None:
 @pytest.mark.usefixtures("quack_by_definition")
 def test_quacks_operators_keep_the_rules_of_torch_library() -> None:
     x, gate_up, down = mlp_leaves(10, 24, torch.bfloat16, "cpu")
-    torch.library.opcheck(linear_swiglu_in_turns, (x, gate_up))
-    pre, hidden = (t.detach() for t in linear_swiglu_in_turns(x, gate_up))
+    rows = x.detach().flatten(0, -2).requires_grad_()
+    torch.library.opcheck(linear_swiglu_in_turns, (rows, gate_up))
+    pre, hidden = (t.detach() for t in linear_swiglu_in_turns(rows, gate_up))
     torch.library.opcheck(swiglu_linear_in_turns, (pre.requires_grad_(), hidden, down))
 
 
@@ -233,7 +234,25 @@ def test_quacks_operators_keep_the_rules_of_torch_library() -> None:
 def test_quacks_products_keep_no_hidden_activations() -> None:
     x, gate_up, down = mlp_leaves(10, 24, torch.bfloat16, "cpu")
     kept = kept_shapes(lambda: mlp(x, gate_up, down))
-    assert kept == [(2, 5, D), (48, D), (2, 5, 48), (D, 24)]
+    assert kept == [(10, D), (48, D), (2, 5, 48), (D, 24)]
+
+
+@pytest.mark.usefixtures("quack_by_definition")
+def test_a_compiler_writes_its_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first product reads is what the gradient of its weight does."""
+    read, interface = [], sys.modules["quack.gemm_interface"]
+    gemm_gated = interface.gemm_gated
+    monkeypatch.setattr(
+        interface, "gemm_gated", lambda a, b, **others: read.append(a) or gemm_gated(a, b, **others)
+    )
+    torch._dynamo.reset()
+    x, gate_up, down = mlp_leaves(10, 24, torch.bfloat16, "cpu")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        torch.compile(lambda x: mlp(x.sin(), gate_up, down), fullgraph=True, dynamic=False)(x)
+    (rows,) = read
+    assert sum(t.shape == rows.shape for t in kept) == 1
+    assert any(t.data_ptr() == rows.data_ptr() for t in kept)
 
 
 @pytest.mark.usefixtures("quack_by_definition")
