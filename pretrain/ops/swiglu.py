@@ -47,7 +47,7 @@ def gate_up_linear(x: Tensor, weight: Tensor) -> Gated:
     """
     if quack_serves(x, weight):
         rows = x.bfloat16().flatten(0, -2)
-        gated = linear_swiglu_in_turns(rows, in_turns(weight.bfloat16()))
+        gated = linear_swiglu_in_turns(rows, in_turns(weight).bfloat16())
         return Gated(*(y.unflatten(0, x.shape[:-1]) for y in gated))
     return Gated(F.linear(x, weight))
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.training.compiled_products import QuackProducts
+from pretrain.training.compiled_products import FasterProducts
 from pretrain.training.loop_barriers import add_loop_barriers
 
 
@@ -21,6 +21,6 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     """
     torch._dynamo.config.recompile_limit = 64
     add_loop_barriers()
-    options = {"post_grad_custom_post_pass": QuackProducts()} if backend == "inductor" else None
+    options = {"post_grad_custom_post_pass": FasterProducts()} if backend == "inductor" else None
     for module in (*model.blocks, model.norm):  # type: ignore[misc]
         module.compile(backend=backend, dynamic=False, options=options)

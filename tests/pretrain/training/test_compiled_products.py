@@ -1,14 +1,19 @@
 """Compiled blocks give quack the products that it makes faster, and they come out the same."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pretrain.ops.quack_products import QUACK_INSTALLED, quack_is_faster
+from pretrain.ops.wide_product import wide_product
 from pretrain.training import compiled_products as module
 from pretrain.training.compiled_blocks import compile_blocks
+from pretrain.training.compiled_products import FasterProducts
 
 
 class Block(nn.Module):
@@ -55,6 +60,40 @@ def test_compiled_blocks_give_it_what_it_makes_faster_forward_and_backward(
     assert quack_by_definition == [(*shape, 128, 192) for shape in shapes]
 
 
+def products_of(form: Callable[..., Any]) -> list[str]:
+    """What the pass makes of the products of two fake matrices on a GPU."""
+    with FakeTensorMode():
+        a = torch.empty(8, 16, device="cuda", dtype=torch.bfloat16)
+        traced = make_fx(form)(a, torch.empty(16, 4, device="cuda", dtype=torch.bfloat16))
+    FasterProducts()(traced.graph)
+    traced.graph.lint()
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
+
+
+def test_a_product_that_is_only_widened_is_returned_wide() -> None:
+    def widen(y: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.ops.prims.convert_element_type.default(y, dtype)
+
+    assert products_of(lambda a, b: widen(a @ b)) == ["longspan.wide_product.default"]
+    conversion = "prims.convert_element_type.default"
+    for form in (
+        lambda a, b: (widen(y := a @ b), y),
+        lambda a, b: widen(a @ b, torch.float16),
+        lambda a, b: widen(widen(a) @ widen(b), torch.float64),
+    ):
+        found = products_of(form)
+        assert "aten.mm.default" in found
+        assert conversion in found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_wide_product_is_not_rounded(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 100).to(dtype), torch.randn(100, 5).to(dtype)
+    torch.testing.assert_close(wide_product(a, b), (a.double() @ b.double()).float())
+    torch.library.opcheck(wide_product, (a, b))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [3072, 1024])
 def test_products_of_a_compiled_block_equal_the_definition(
@@ -80,6 +119,8 @@ def test_products_of_a_compiled_block_equal_the_definition(
         got = [y, *torch.autograd.grad((y * weights).sum(), leaves)]
     for found, right in zip(got, want, strict=True):
         assert (found.double() - right).norm() < 1e-2 * right.norm()
+    rounded = got[2].bfloat16() == got[2]
+    assert rounded.float().mean() < 0.1  # the weight's gradient is not
     hopper = torch.cuda.get_device_capability()[0] == 9
     # Forward; the input's gradient, whose rows are short for 1,024 columns only; the weight's.
     assert sum(served) == (QUACK_INSTALLED and hopper) * (1 + (columns == 1024))
