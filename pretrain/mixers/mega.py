@@ -141,10 +141,9 @@ class GatedUnit(nn.Module):
 
     def forward(self, x: Tensor, m: Tensor) -> GatedParts:
         """x (B, T, D), and the EMA's output m (B, T, D)."""
-        # In rows: of an m that lies channel by channel, as filters return it, torch makes a product
-        # and adds the bias in a pass of its own.
-        rows = self.m_proj(m.flatten(0, 1)).unflatten(0, m.shape[:2])
-        z, r, p, u = rows.split(self.widths, -1)
+        # Filters return m channel by channel, of which torch makes a product and adds the bias in a
+        # pass of its own.
+        z, r, p, u = self.m_proj(m.contiguous()).split(self.widths, -1)
         q, k = (F.silu(z).unsqueeze(2) * self.gain + self.offset).unbind(2)
         return GatedParts(q, k, F.silu(self.v_proj(x)), F.silu(r), p, u.sigmoid())
 
