@@ -189,7 +189,8 @@ class StateSpaceLayer(TokenMixer):
         if padding is not None:
             x = x.masked_fill(padding.unsqueeze(-1), 0)
         y, ssm = self.ssm(x, None if state is None else state.ssm, clock.resets, clock.edges)
-        y = F.glu(self.out_proj(F.gelu(y)))
+        # Laid out here: compiled, the product and its weight's gradient would write one copy each.
+        y = F.glu(self.out_proj(F.gelu(y).contiguous()))
         return MixerOutput(y, SSMState(*clock.after(x), ssm) if self.causal else None, aux={})
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> SSMState:
