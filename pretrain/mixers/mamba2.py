@@ -152,7 +152,7 @@ class Mamba2(TokenMixer):
         before = None if state is None else state.conv
         xbc, conv = self.conv1d(xbc, before, clock.resets, clock.edges)
         width = self.n_groups * self.d_state
-        u, b, c = F.silu(xbc).split([self.d_inner, width, width], -1)
+        u, b, c = xbc.split([self.d_inner, width, width], -1)
         u = u.unflatten(-1, (self.n_heads, self.head_dim))
         b, c = (part.unflatten(-1, (self.n_groups, self.d_state)) for part in (b, c))
         with no_autocast(x):
