@@ -197,7 +197,7 @@ def quack_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
         return pre.to(a.dtype), (F.silu(pre[:, ::2]) * pre[:, 1::2]).to(a.dtype)
 
     def gemm_dgated(
-        a: Tensor, b: Tensor, pre: Tensor, *, activation: str, tuned: bool
+        a: Tensor, b: Tensor, pre: Tensor, *, activation: str, tuned: bool, config: object
     ) -> tuple[Tensor, Tensor]:
         gate, up = pre.float().unflatten(-1, (-1, 2)).unbind(-1)
         d, sigmoid, silu = a.float() @ b.float(), gate.sigmoid(), F.silu(gate)
@@ -206,7 +206,10 @@ def quack_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
 
     interface = ModuleType("quack.gemm_interface")
     interface.gemm_gated, interface.gemm_dgated = gemm_gated, gemm_dgated  # type: ignore[attr-defined]
+    configs = ModuleType("quack.gemm_config")
+    configs.GemmConfig = dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.gemm_config", configs)
     monkeypatch.setitem(sys.modules, "quack.gemm_interface", interface)
     monkeypatch.setattr(module, "quack_serves", lambda x, weight: True)
 
