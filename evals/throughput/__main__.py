@@ -92,6 +92,7 @@ def main(argv: list[str]) -> int:
     for sizes in groups:
         for measurement in sizes:
             results.append(result_of(measurement, out_dir, machine, arguments.timeout_s))
+            print(f"  {report.brief(report.row_of(results[-1]))}", flush=True)
             if results[-1]["status"] == "out of memory":
                 break  # a larger micro-batch needs more
     rows = [report.row_of(result) for result in results]

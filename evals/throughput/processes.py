@@ -58,7 +58,6 @@ def result_of(m: Measurement, out_dir: Path, machine: Machine, timeout_seconds: 
     result |= _run(m, path, timeout_seconds, lambda line: print(f"  {line}", flush=True))
     if result["status"] in LASTING:
         write_json(path, result)
-    print(f"  {result['status']}", flush=True)
     return result
 
 

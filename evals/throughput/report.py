@@ -74,17 +74,29 @@ def markdown(rows: Sequence[Row]) -> str:
         if row["status"] != "ok":
             lines.append([*head, row["status"].replace("|", "/"), *[""] * (len(header) - 4)])
             continue
-        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        cells = [
-            "{ms:,.1f} [{ms_q1:,.1f}, {ms_q3:,.1f}]".format(**row),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['tflops']:,.1f}",
-            mfu,
-            f"{row['memory_gib']:.1f}",
-            f"{row['ready_seconds']:.0f}",
-        ]
-        lines.append([*head, *cells])
+        lines.append([*head, *_cells(row)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def brief(row: Row) -> str:
+    """The row in words, as soon as it is measured."""
+    if row["status"] != "ok":
+        return str(row["status"])
+    ms, rate, _, mfu, memory, _ = _cells(row)
+    return ", ".join(
+        [f"{ms} ms", f"{rate} tokens/s", *([f"MFU {mfu}"] if mfu else []), f"{memory} GiB"]
+    )
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        "{ms:,.1f} [{ms_q1:,.1f}, {ms_q3:,.1f}]".format(**row),
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['tflops']:,.1f}",
+        "" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        f"{row['memory_gib']:.1f}",
+        f"{row['ready_seconds']:.0f}",
+    ]
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:

@@ -34,7 +34,9 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 def test_the_trainer_is_timed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = words_for(tmp_path, "trainer")
     assert main(words) == 0
-    assert "first step" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "first step" in shown
+    assert "tokens/s, " in shown.partition("| model |")[0]  # in front of the table
     (row,) = rows_of(tmp_path)
     assert row["status"] == "ok"
     assert float(row["tokens_per_second"]) > 0

@@ -32,6 +32,13 @@ def test_rates_follow_from_the_median_step() -> None:
     assert row["mfu"] == pytest.approx(1e10 / 989.4e12)
 
 
+def test_a_row_is_said_in_brief() -> None:
+    assert report.brief(report.row_of(result("plain", [0.1, 0.2, 0.3]))) == (
+        "200.0 [150.0, 250.0] ms, 10,000 tokens/s, MFU 0.0%, 1.0 GiB"
+    )
+    assert report.brief(report.row_of(result("plain", [], "out of memory"))) == "out of memory"
+
+
 def test_the_share_of_a_loop_is_that_of_means() -> None:
     rows = [report.row_of(result("deepspeed", [1.0, 1.0])), report.row_of(result("plain", [0.8]))]
     rows.append(report.row_of(result("trainer", [1.0, 1.0, 1.0, 1.4])))
