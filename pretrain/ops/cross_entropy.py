@@ -36,10 +36,19 @@ def linear_cross_entropy(
         targets: (M,) int64; entries where `mask` is False may be anything in [0, V).
         mask: (M,) bool, True where the token counts.
         chunk_size: tokens whose logits, (chunk_size, V), exist at one time.
+
+    Raises:
+        ValueError: in fp16.
     """
+    dtype = matmul_dtype(hidden)
+    if dtype == torch.float16:
+        raise ValueError(
+            "linear_cross_entropy: hidden is multiplied in float16, in which gradients do not fit "
+            "before sums over the vocabulary divide them; use bfloat16 or float32"
+        )
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss_sum, nll = _LinearCrossEntropy.apply(
-        hidden, weight, targets, mask, chunk_size, matmul_dtype(hidden), needs_gradient
+        hidden, weight, targets, mask, chunk_size, dtype, needs_gradient
     )
     return CrossEntropy(loss_sum, nll)
 

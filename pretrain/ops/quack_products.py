@@ -31,6 +31,7 @@ def quack_is_faster(a: Tensor, b: Tensor) -> bool:
         and a.dtype == b.dtype == torch.bfloat16
         and a.stride() == (inner, 1)
         and b.stride() in ((columns, 1), (1, inner))
+        and a.storage_offset() % 8 == b.storage_offset() % 8 == 0
         and inner <= SHORT
         and inner % 8 == 0
         and columns % 8 == 0

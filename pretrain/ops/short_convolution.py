@@ -100,7 +100,8 @@ def fused_short_convolution(
     from pretrain.ops.short_convolution_kernels import convolve
 
     given = x if x.stride(2) == 1 else x.contiguous()
-    return convolve(given, front.contiguous(), weight.contiguous(), bias.contiguous(), starts)
+    front, weight, bias = (part.contiguous() for part in (front, weight, bias))
+    return convolve(given, front, weight, bias, None if starts is None else starts.contiguous())
 
 
 @torch.library.custom_op("longspan::short_convolution_backward", mutates_args=(), tags=_TAGS)
@@ -112,6 +113,7 @@ def _fused_short_convolution_backward(
 
     given = x if x.stride(2) == 1 else x.contiguous()
     front, weight, bias = (part.contiguous() for part in (front, weight, bias))
+    starts = None if starts is None else starts.contiguous()
     return convolve_backward(dy.contiguous(), given, front, weight, bias, starts)
 
 

@@ -2,10 +2,15 @@
 
 Shapes: B batch, T time, D channels, K taps.
 
-A program has some tokens of some channels and reads them once per tap, of which all but the first
-come from the cache. The backward forms the convolution again, at K tokens for each: that of token p
-goes on to tokens p .. p + K - 1.
+A program walks along some tokens of some channels. What the last K tokens brought stays in
+registers: inputs, for the convolution of those that follow; in the backward, too, what they have
+received, since the gradient of token p goes to the inputs p - (K - 1) .. p. So each token's
+convolution and its derivative are formed once, but for K - 1 tokens in front of a program's own.
+Compilers do not move a load before a store that may alias it, so that of AHEAD tokens all loads
+stand before the first store.
 """
+# mypy: disable-error-code="assignment, var-annotated"
+# Tuples grow: Triton has no lists.
 
 from typing import Any
 
@@ -14,50 +19,73 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS, CHANNELS = 16, 128  # of a tile
-TILES = 16  # per program of the backward, which adds up what weights receive from them
+TOKENS, CHANNELS = 128, 256  # of a program
+AHEAD = 4
+WARPS = 2
 
 
 @triton.jit
-def _inputs(x, front, token, lane, here, length, channels, token_stride, K: tl.constexpr):
-    """Those of tokens (TOKENS,), of which -(K - 1) .. -1 came before this call; others are zero."""
-    now = ((token >= 0) & (token < length))[:, None] & here
-    before = ((token < 0) & (token > -K))[:, None] & here
-    value = tl.load(x + token[:, None] * token_stride + lane[None, :], now, 0.0)
-    earlier = tl.load(front + (token + K - 1)[:, None] * channels + lane[None, :], before, 0.0)
-    return tl.where(now, value, earlier)
-
-
-@triton.jit
-def _convolution(
-    x,
-    front,
-    weight,
-    bias,
-    starts,
-    token,
-    lane,
-    here,
-    length,
-    channels,
-    token_stride,
-    WIDE: tl.constexpr,
-    K: tl.constexpr,
-):
-    """At tokens (TOKENS,), and where each's document begins."""
-    is_token = (token >= 0) & (token < length)
-    start = tl.full([token.shape[0]], -K, tl.int64)
-    if starts is not None:
-        start = tl.load(starts + token, is_token, 0)
-    y = tl.load(bias + lane, here, 0.0)[None, :] + tl.zeros([token.shape[0], lane.shape[0]], WIDE)
+def _weights(weight, lane, here, K: tl.constexpr):
+    """What multiplies the inputs 0 .. K - 1 tokens ago."""
+    weights = ()
     for lag in tl.static_range(K):
-        seen = _inputs(x, front, token - lag, lane, here, length, channels, token_stride, K).to(
-            WIDE
-        )
-        if lag > 0:
-            seen = tl.where((token - lag >= start)[:, None], seen, 0.0)
-        y += seen * tl.load(weight + lane * K + K - 1 - lag, here, 0.0)[None, :]
-    return y, start
+        weights += (tl.load(weight + lane * K + K - 1 - lag, here, 0.0),)
+    return weights
+
+
+@triton.jit
+def _past(x, front, token, here, channels, token_stride, WIDE: tl.constexpr, K: tl.constexpr):
+    """The inputs 1 .. K tokens before `token`, at most T; -(K - 1) .. -1 came before this call."""
+    past = ()
+    for lag in tl.static_range(1, K + 1):
+        at = token - lag
+        now = tl.load(x + at * token_stride, here & (at >= 0), 0.0)
+        before = here & (at < 0) & (at > -K)
+        past += ((now + tl.load(front + (at + K - 1) * channels, before, 0.0)).to(WIDE),)
+    return past
+
+
+@triton.jit
+def _start(starts, token, length):
+    """Where the document of `token` begins, if there are several."""
+    start = token
+    if starts is not None:
+        start = tl.load(starts + token, token < length, 0)
+    return start
+
+
+@triton.jit
+def _within(value, lag, token, start, starts):
+    """Zero where the token `lag` before `token` is another document's."""
+    if starts is not None:
+        value = tl.where(token - lag >= start, value, 0.0)
+    return value
+
+
+@triton.jit
+def _seen(now, past, token, start, starts, K: tl.constexpr):
+    """The inputs 0 .. K - 1 tokens ago."""
+    seen = (now,)
+    for lag in tl.static_range(1, K):
+        seen += (_within(past[lag - 1], lag, token, start, starts),)
+    return seen
+
+
+@triton.jit
+def _convolution(seen, weights, bias, K: tl.constexpr):
+    y = bias
+    for lag in tl.static_range(K):
+        y += seen[lag] * weights[lag]
+    return y
+
+
+@triton.jit
+def _shifted(first, others, K: tl.constexpr):
+    """One tuple of K, without the last one."""
+    shifted = (first,)
+    for lag in tl.static_range(1, K):
+        shifted += (others[lag - 1],)
+    return shifted
 
 
 @triton.jit
@@ -76,21 +104,32 @@ def _forward(
     K: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    lane_of_batch = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    stop = tl.minimum(first + TOKENS, length)
     lane = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     here = lane < channels
-    x += lane_of_batch * lane_stride
-    front += lane_of_batch * (K - 1) * channels
+    x += row * lane_stride + lane
+    y += row * length * channels + lane
+    front += row * (K - 1) * channels + lane
     if starts is not None:
-        starts += lane_of_batch * length
-    value, _ = _convolution(
-        x, front, weight, bias, starts, token, lane, here, length, channels, token_stride, WIDE, K
-    )
-    value = value / (1 + tl.exp(-value))
-    place = (lane_of_batch * length + token)[:, None] * channels + lane[None, :]
-    tl.store(y + place, value.to(y.dtype.element_ty), (token < length)[:, None] & here[None, :])
+        starts += row * length
+    weights, shift = _weights(weight, lane, here, K), tl.load(bias + lane, here, 0.0)
+    past = _past(x, front, first, here, channels, token_stride, WIDE, K)
+    for at in range(first, stop, AHEAD):
+        loaded = ()
+        for ahead in tl.static_range(AHEAD):
+            token = at + ahead
+            loaded += (tl.load(x + token * token_stride, here & (token < stop), 0.0),)
+        for ahead in tl.static_range(AHEAD):
+            token, now = at + ahead, loaded[ahead].to(WIDE)
+            seen = _seen(now, past, token, _start(starts, token, length), starts, K)
+            value = _convolution(seen, weights, shift, K)
+            value = value / (1 + tl.exp(-value))
+            tl.store(y + token * channels, value.to(y.dtype.element_ty), here & (token < stop))
+            past = _shifted(now, past, K)
 
 
 @triton.jit
@@ -112,69 +151,67 @@ def _backward(
     K: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
-    ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    lane_of_batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    # Behind the last token K - 1 more: its input has received all then.
+    stop = tl.minimum(first + TOKENS, length + K - 1)
+    begin = tl.maximum(first - (K - 1), 0)
     lane = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     here = lane < channels
-    x += lane_of_batch * lane_stride
-    dy += lane_of_batch * length * channels
-    dx += lane_of_batch * length * channels
-    front += lane_of_batch * (K - 1) * channels
-    d_front += lane_of_batch * (K - 1) * channels
+    x += row * lane_stride + lane
+    dy += row * length * channels + lane
+    dx += row * length * channels + lane
+    front += row * (K - 1) * channels + lane
+    d_front += row * (K - 1) * channels + lane
     if starts is not None:
-        starts += lane_of_batch * length
-    row = tl.arange(0, ROWS)[:, None]
-    total = tl.zeros([ROWS, CHANNELS], WIDE)  # of each tap, and of the bias
-    for tile in range(TILES):
-        first = (tl.program_id(0) * TILES + tile) * TOKENS - (K - 1)
-        token = first + tl.arange(0, TOKENS).to(tl.int64)
-        d_token = tl.zeros([TOKENS, CHANNELS], WIDE)
-        for lag in tl.static_range(K):
-            later = token + lag
-            value, start = _convolution(
-                x,
-                front,
-                weight,
-                bias,
-                starts,
-                later,
-                lane,
-                here,
-                length,
-                channels,
-                token_stride,
-                WIDE,
-                K,
-            )
-            given = ((later >= 0) & (later < length))[:, None] & here[None, :]
-            d = tl.load(dy + later[:, None] * channels + lane[None, :], given, 0.0).to(WIDE)
+        starts += row * length
+    weights, shift = _weights(weight, lane, here, K), tl.load(bias + lane, here, 0.0)
+    past = _past(x, front, begin, here, channels, token_stride, WIDE, K)
+    zero = tl.zeros([CHANNELS], WIDE)
+    owed, totals, d_bias = (), (), zero
+    for _ in tl.static_range(K):
+        owed += (zero,)  # to the inputs 0 .. K - 1 tokens before the present one
+        totals += (zero,)
+    narrow = dx.dtype.element_ty
+    for at in range(begin, stop, AHEAD):
+        loaded = ()
+        for ahead in tl.static_range(AHEAD):
+            token = at + ahead
+            inside = here & (token < length)
+            now = tl.load(x + token * token_stride, inside, 0.0)
+            loaded += ((now, tl.load(dy + token * channels, inside, 0.0)),)
+        for ahead in tl.static_range(AHEAD):
+            token, now, d = at + ahead, loaded[ahead][0].to(WIDE), loaded[ahead][1].to(WIDE)
+            start = _start(starts, token, length)
+            seen = _seen(now, past, token, start, starts, K)
+            value = _convolution(seen, weights, shift, K)
             sigmoid = 1 / (1 + tl.exp(-value))
             d *= sigmoid * (1 + value * (1 - sigmoid))
-            if lag > 0:
-                d = tl.where((token >= start)[:, None], d, 0.0)
-            # What tap K - 1 - lag multiplies at `later` is the input at `token`.
-            d_token += d * tl.load(weight + lane * K + K - 1 - lag, here, 0.0)[None, :]
-            seen = _inputs(x, front, token, lane, here, length, channels, token_stride, K).to(WIDE)
-            total += tl.where(row == K - 1 - lag, tl.sum(d * seen, 0)[None, :], 0.0)
-            if lag == 0:
-                total += tl.where(row == K, tl.sum(d, 0)[None, :], 0.0)
-        now = ((token >= 0) & (token < length))[:, None] & here[None, :]
-        narrow = dx.dtype.element_ty
-        tl.store(dx + token[:, None] * channels + lane[None, :], d_token.to(narrow), now)
-        before = (token < 0)[:, None] & here[None, :]
-        place = (token + K - 1)[:, None] * channels + lane[None, :]
-        tl.store(d_front + place, d_token.to(narrow), before)
-    program = lane_of_batch * tl.num_programs(0) + tl.program_id(0)
-    place = (program * (K + 1) + row) * channels + lane[None, :]
-    tl.store(received + place, total, (row <= K) & here[None, :])
+            mine = (token >= first) & (token < stop)
+            own = tl.where(mine, d, 0.0)
+            d_bias += own
+            added, passed = (totals[0] + own * now,), (d * weights[0],)
+            for lag in tl.static_range(1, K):
+                added += (totals[lag] + own * seen[lag],)
+                passed += (owed[lag - 1] + _within(d * weights[lag], lag, token, start, starts),)
+            totals, owed = added, passed
+            past = _shifted(now, past, K)
+            done, full = token - (K - 1), owed[K - 1].to(narrow)
+            tl.store(dx + done * channels, full, here & mine & (done >= 0))
+            tl.store(d_front + token * channels, full, here & mine & (done < 0))
+    program = row * tl.num_programs(0) + tl.program_id(0)
+    received += program * (K + 1) * channels + lane
+    for lag in tl.static_range(K):
+        tl.store(received + (K - 1 - lag) * channels, totals[lag], here)
+    tl.store(received + K * channels, d_bias, here)
 
 
 def convolve(
     x: Tensor, front: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
 ) -> Tensor:
-    """See `short_convolution.fused_short_convolution`."""
+    """See `short_convolution.fused_short_convolution`; all but x contiguous."""
     (batch, length, channels), taps = x.shape, weight.shape[1]
     y = x.new_empty(x.shape)
     grid = triton.cdiv(length, TOKENS), triton.cdiv(channels, CHANNELS), batch
@@ -187,29 +224,29 @@ def convolve(
 def convolve_backward(
     dy: Tensor, x: Tensor, front: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, front, weight and bias; dy contiguous."""
+    """The gradients of x, front, weight and bias; all but x contiguous."""
     (batch, length, channels), taps = x.shape, weight.shape[1]
-    programs = triton.cdiv(length + taps - 1, TOKENS * TILES)
+    programs = triton.cdiv(length + taps - 1, TOKENS)
     dx, d_front = x.new_empty(x.shape), front.new_empty(front.shape)
+    # Of each program, and then of all: a sum in an order that does not change.
     received = weight.new_empty(batch * programs, taps + 1, channels)
     grid = programs, triton.cdiv(channels, CHANNELS), batch
-    given = (dy, x, front, weight, bias, starts)
-    made = (dx, d_front, received)
+    given, made = (dy, x, front, weight, bias, starts), (dx, d_front, received)
     with torch.cuda.device_of(x):
         _backward[grid](
-            *given,
-            *made,
-            length,
-            channels,
-            *x.stride()[:2],
-            TILES=TILES,
-            ROWS=triton.next_power_of_2(taps + 1),
-            **_constants(weight, taps),
+            *given, *made, length, channels, *x.stride()[:2], **_constants(weight, taps)
         )
-    *d_weight, d_bias = received.sum(0)
-    return dx, d_front, torch.stack(d_weight, 1), d_bias
+    sums = received.sum(0)
+    # Copies: compiled code takes every result for the beginning of its memory.
+    return dx, d_front, sums[:taps].T.contiguous(), sums[taps].clone()
 
 
 def _constants(weight: Tensor, taps: int) -> dict[str, Any]:
-    wide = tl.float64 if weight.dtype == torch.float64 else tl.float32
-    return {"WIDE": wide, "K": taps, "TOKENS": TOKENS, "CHANNELS": CHANNELS}
+    return {
+        "WIDE": tl.float64 if weight.dtype == torch.float64 else tl.float32,
+        "K": taps,
+        "TOKENS": TOKENS,
+        "CHANNELS": CHANNELS,
+        "AHEAD": AHEAD,
+        "num_warps": WARPS,
+    }

@@ -9,6 +9,9 @@ from torch import nn
 from pretrain.training.compiled_products import FasterProducts
 from pretrain.training.loop_barriers import add_loop_barriers
 
+# One for all models: blocks with other options are compiled anew, and count as another variant.
+_OPTIONS = {"post_grad_custom_post_pass": FasterProducts()}
+
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compiles each block, and the norm behind the last one, in place. That between an encoder and
@@ -21,6 +24,6 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     """
     torch._dynamo.config.recompile_limit = 64
     add_loop_barriers()
-    options = {"post_grad_custom_post_pass": FasterProducts()} if backend == "inductor" else None
+    options = _OPTIONS if backend == "inductor" else None
     for module in (*model.blocks, model.norm):  # type: ignore[misc]
         module.compile(backend=backend, dynamic=False, options=options)

@@ -21,8 +21,10 @@ class FasterProducts(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
-            if quack_is_faster(*(x.meta["val"] for x in node.args)):
+            operands = tuple(x.meta["val"] for x in node.args)
+            if quack_is_faster(*operands):
                 node.target = torch.ops.longspan.product.default
+                node.meta["eager_input_vals"] = operands, {}  # or they may come with other strides
             elif widened := _widened(node):
                 node.target, node.args = torch.ops.aten.mm.dtype, (*node.args, torch.float32)
                 node.meta["val"] = widened.meta["val"]

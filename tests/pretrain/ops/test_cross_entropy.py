@@ -45,6 +45,11 @@ def test_values_and_gradients_equal_torchs_own(
     assert torch.equal(nll[~mask], torch.zeros_like(nll[~mask]))
 
 
+def test_fp16_is_refused() -> None:
+    with pytest.raises(ValueError, match="use bfloat16"):
+        linear_cross_entropy(*problem(torch.float16))
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("vocabulary", [1, 29, 8_192, 20_000])  # one block of logits, or several
 @pytest.mark.parametrize("size", [1.0, 300.0])

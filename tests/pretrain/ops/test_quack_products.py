@@ -62,8 +62,10 @@ def is_faster(
     columns: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     turned: bool = False,
+    offset: int = 0,
 ) -> bool:
-    a, b = torch.empty(rows, inner, dtype=dtype), torch.empty(inner, columns, dtype=dtype)
+    a = torch.empty(offset + rows * inner, dtype=dtype)[offset:].view(rows, inner)
+    b = torch.empty(inner, columns, dtype=dtype)
     if turned:
         a = torch.empty(inner, rows, dtype=dtype).T
     return quack_is_faster(a.as_subclass(OnGPU), b)
@@ -83,6 +85,7 @@ def test_it_is_for_many_short_rows_and_full_tiles() -> None:
     assert not is_faster(columns=64)
     assert not is_faster(dtype=torch.float32)
     assert not is_faster(turned=True)
+    assert not is_faster(offset=4)
     on_cpu = torch.empty(ENOUGH_ROWS, 8).bfloat16(), torch.empty(8, 128).bfloat16()
     assert not quack_is_faster(*on_cpu)
 

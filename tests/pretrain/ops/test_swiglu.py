@@ -206,12 +206,10 @@ def quack_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
 
     interface = ModuleType("quack.gemm_interface")
     interface.gemm_gated, interface.gemm_dgated = gemm_gated, gemm_dgated  # type: ignore[attr-defined]
-    configs = ModuleType("quack.gemm_config")
-    configs.GemmConfig = dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
-    monkeypatch.setitem(sys.modules, "quack.gemm_config", configs)
     monkeypatch.setitem(sys.modules, "quack.gemm_interface", interface)
     monkeypatch.setattr(module, "quack_serves", lambda x, weight: True)
+    monkeypatch.setattr(swiglu_quack, "_narrow_tiles", lambda: None)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

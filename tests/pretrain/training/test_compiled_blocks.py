@@ -39,6 +39,23 @@ def test_many_kinds_of_layers_all_stay_compiled() -> None:
     assert counters["frames"] == {"total": 10, "ok": 10}
 
 
+def test_equal_models_share_what_is_compiled() -> None:
+    """Else the thirtieth training of a process runs its blocks uncompiled."""
+
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin() * x
+
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(3):
+        model = nn.Module()
+        model.blocks, model.norm = nn.ModuleList([Layer()]), nn.Identity()
+        compile_blocks(model)
+        model.blocks[0](torch.ones(2))
+    assert counters["frames"] == {"total": 1, "ok": 1}
+
+
 def test_wrongly_compiled_code_is_found_before_training() -> None:
     """A block that computes something else when compiled, as inductor was seen to do."""
     model_config = LanguageModelConfig(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pretrain.ops import quack_products
 from pretrain.ops.quack_products import QUACK_INSTALLED, quack_is_faster
 from pretrain.training import compiled_products as module
 from pretrain.training.compiled_blocks import compile_blocks
@@ -57,6 +58,34 @@ def test_compiled_blocks_give_it_what_it_makes_faster_forward_and_backward(
     # The weight's gradient is a product of (384, 10), which it is not given.
     shapes = [((10, 192), (192, 384)), ((10, 384), (384, 192))]
     assert quack_by_definition == [(*shape, 128, 192) for shape in shapes]
+
+
+def test_what_it_is_given_lies_as_it_was_when_that_was_decided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor forms what is concatenated in its place in the whole, in rows that lie apart."""
+    strides = []
+
+    def write(a: Tensor, b: Tensor, y: Tensor) -> None:
+        strides.append(a.stride())
+        torch.mm(a, b, out=y)
+
+    monkeypatch.setattr(quack_products, "write_product", write)
+    monkeypatch.setattr(module, "quack_is_faster", lambda a, b: a.stride() == (a.shape[1], 1))
+
+    class Joins(nn.Module):
+        def forward(self, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+            a = x.softmax(-1)
+            rest = [(more * scale).softmax(-1) for scale in range(1, 10)]
+            return torch.cat([a, *rest], -1).T.contiguous(), a @ a.T
+
+    model = Model(8, 8)
+    model.blocks = nn.ModuleList([Joins()])
+    torch._dynamo.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        compile_blocks(model)
+        model.blocks[0](torch.randn(256, 96), torch.randn(256, 1))
+    assert strides == [(96, 1)]
 
 
 def products_of(form: Callable[..., Any]) -> list[str]:
