@@ -77,6 +77,8 @@ def short_convolution_naive(
     return F.silu(y)
 
 
+_LONG_AGO = -(2**40)
+
 # They take any strides: inductor pads rows that eager code does not, and would copy x otherwise.
 _TAGS = (torch.Tag.flexible_layout,)
 
@@ -145,8 +147,8 @@ def _document_starts(resets: Tensor | None, edges: range, length: int) -> Tensor
     """(B, T) offset at which each token's document begins, far in the past for the first one."""
     if resets is None:
         return None
-    long_ago = -(2**40)
+    # Along edges, of which there are few: along tokens a scan would take longer than the rest.
     offsets = torch.arange(edges.start, edges.stop, edges.step, device=resets.device)
-    starts = torch.full((resets.shape[0], length), long_ago, device=resets.device)
-    starts[:, edges.start :: edges.step] = torch.where(resets, offsets, long_ago)
-    return starts.cummax(1).values
+    begun = F.pad(torch.where(resets, offsets, _LONG_AGO), (1, 0), value=_LONG_AGO).cummax(1).values
+    passed = (torch.arange(length, device=resets.device) - edges.start) // edges.step + 1
+    return begun[:, passed]
