@@ -63,7 +63,8 @@ def softmax_residual_(logits: Tensor, targets: Tensor, mask: Tensor, nll: Tensor
         logits: (M, V), innermost contiguous; overwritten.
         targets: (M,) int64 in [0, V).
         mask: (M,) bool, True where the token counts.
-        nll: (M,), at least fp32, which is what is computed in; filled here, 0 where not counted.
+        nll: (M,), contiguous, at least fp32, which is what is computed in; filled here, 0 where
+            not counted.
 
     Returns:
         (M,) like `nll`: d nll / d logits = factor x what is left in `logits`.
@@ -73,8 +74,8 @@ def softmax_residual_(logits: Tensor, targets: Tensor, mask: Tensor, nll: Tensor
     with torch.cuda.device_of(logits):
         _softmax_residual[(len(logits),)](
             logits,
-            targets,
-            mask,
+            targets.contiguous(),
+            mask.contiguous(),
             nll,
             factor,
             logits.shape[1],

@@ -139,7 +139,7 @@ def ema_scan(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tu
             now = now * keep[:, j, None]
         before[:, :, j] = now
         now = torch.addcmul(local[:, :, j], a, now)
-    return before, now
+    return before, now.contiguous()
 
 
 @torch.library.custom_op("longspan::ema_scan_backward", mutates_args=())
@@ -165,7 +165,7 @@ def _(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Ten
 def _(
     d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(before), torch.empty_like(decay), d_s.new_empty(d_s.shape)
+    return torch.empty_like(before), decay.new_empty(decay.shape), d_s.new_empty(d_s.shape)
 
 
 def _save_for_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -69,7 +69,7 @@ def _backward(
         scale = 1 / tl.sqrt(tl.sum(gated * gated, 0) / width + eps)
         unit = gated * scale
         tl.store(normed + at, (unit * g).to(normed.dtype.element_ty), inside)
-        received += d * unit
+        received += tl.where(inside, d * unit, 0.0)  # 1 / sqrt(0 + eps) behind the end
         d *= g
         d = (d - unit * (tl.sum(d * unit, 0) / width)) * scale
         tl.store(dy + at, (d * silu).to(dy.dtype.element_ty), inside)

@@ -241,7 +241,8 @@ def _(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Ten
 def _(
     d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return d_before.new_empty(d_before.shape), torch.empty_like(decay), d_s.new_empty(d_s.shape)
+    d_local = d_before.new_empty(d_before.shape)
+    return d_local, decay.new_empty(decay.shape), d_s.new_empty(d_s.shape)
 
 
 def _save_for_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -310,7 +310,7 @@ class CheckpointSaver:
         files = {name: entry for share in shares for name, entry in share.items()}
         content = {"step": step, "tokens": tokens, "files": files}
         self._together(lambda: manifest.publish(folder, final, content), final, main_only=True)
-        self._together(self._remove_old, final, main_only=True)
+        self._together(lambda: self._remove_old(step), final, main_only=True)
         return final
 
     def _prepare(self, folder: Path) -> None:
@@ -345,9 +345,10 @@ class CheckpointSaver:
             save_config(self.config, folder / "config.yaml")
             manifest.write_json(folder / "training.json", training)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, step: int) -> None:
+        """Of `step` and before it: a later one was passed over, and must not crowd out these."""
         keep = self.config.checkpoint
-        saved = manifest.saved_checkpoints(self.root)
+        saved = [saved for saved in manifest.saved_checkpoints(self.root) if saved.step <= step]
         for path in manifest.superseded(saved, keep.keep_last, keep.keep_every_tokens):
             manifest.remove_checkpoint(path)
 

@@ -11,6 +11,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp."
+# A flipped bit may leave JSON with other names or types.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class CheckpointError(RuntimeError):
@@ -84,29 +87,44 @@ def problem_of(folder: Path) -> str | None:
     """Why `folder` is not a complete checkpoint, or None when it is; reads and hashes all of it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} is missing or unreadable ({error})"
-    for name, entry in files.items():
+        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        step = int(manifest["step"])
+    except _UNREADABLE as error:
+        return f"{MANIFEST} is missing or unreadable ({error!r})"
+    if _step_of(folder) not in (None, step):
+        return f"its {MANIFEST} is that of step {step}"
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
-    for name, actual in file_entries(folder, files).items():
-        if actual != files[name]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, its manifest says {size}"
+    for name, actual in file_entries(folder, sizes).items():
+        if actual != manifest["files"][name]:
             return f"{name} is damaged: its sha256 differs from the manifest's"
     return None
+
+
+def _step_of(folder: Path) -> int | None:
+    """By its name; None for any other, as that of a copy that somebody made."""
+    found = re.fullmatch(r"step_(\d{8,})", folder.name)
+    return int(found[1]) if found else None
+
+
+def _folders(root: Path) -> list[Path]:
+    """Those with the name of a checkpoint, oldest first."""
+    steps = {path: _step_of(path) for path in root.glob("step_*")}
+    return sorted((p for p, step in steps.items() if step is not None), key=lambda p: steps[p] or 0)
 
 
 def saved_checkpoints(root: Path) -> list[SavedCheckpoint]:
     """The folders under `root` that have a readable manifest, oldest first; contents unverified."""
     found = []
-    for path in sorted(root.glob("step_*")):
+    for path in _folders(root):
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             found.append(SavedCheckpoint(path, int(manifest["step"]), int(manifest["tokens"])))
-        except (OSError, ValueError, KeyError):
+        except _UNREADABLE:
             continue
     return found
 
@@ -118,7 +136,7 @@ def newest_complete(root: Path) -> tuple[Path | None, list[str]]:
         Its folder, or None; and one line for every newer folder that was passed over.
     """
     passed_over: list[str] = []
-    for path in sorted(root.glob("step_*"), reverse=True):
+    for path in reversed(_folders(root)):
         problem = problem_of(path)
         if problem is None:
             return path, passed_over

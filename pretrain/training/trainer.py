@@ -101,7 +101,7 @@ class Trainer:
         self.saved_step = self.step if plan else -1
         self.finished = bool(plan and plan.finished and self.step >= config.total_steps)
         self.grad_norm: Tensor | float = 0.0  # of the last step, before clipping; inf if skipped
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.skips_reported = 0, self.engine.skipped_steps
         self.stop_requested = False  # of this process
         self.stopping = False  # of any, as all of them have heard
         self.last_step = LateRead()  # how many processes were asked to stop; whether it was skipped
@@ -171,11 +171,14 @@ class Trainer:
             self.step += 1
             self.profiler.after_step(self.step)
             last = self.step == config.total_steps
+            saving = self._due(config.checkpoint.every_tokens) or last
+            if saving:  # it may be the last one: then what was trained since is reported, too
+                self._hear_of_last_step()
             if self.step % every == 0 or last or self.stopping:
                 self._report()
             if self._due(config.eval.every_tokens) and not last:
                 self._evaluate()
-            if self._due(config.checkpoint.every_tokens) or last or self.stopping:
+            if saving or self.stopping:
                 self._save()
             if self.stopping and not last:
                 return False
@@ -200,6 +203,7 @@ class Trainer:
         counts = torch.stack([valid, asked])
         dist.all_reduce(counts)
         scale = self.world.size * self.grad_accum_steps / counts[0].clamp(min=1)
+        sums, groups = torch.zeros_like(self.window), dict[str, Tensor]()
         statistics: dict[str, Tensor] = {}
         for slot, batch in enumerate(micro_batches):
             state = self.carried[slot] if config.train.carry_state else None
@@ -207,11 +211,11 @@ class Trainer:
             losses = [value for name, value in output.aux.items() if name.endswith("_loss")]
             auxiliary = torch.stack(losses).sum() if losses else torch.zeros_like(output.loss_sum)
             engine.backward((output.loss_sum + auxiliary) * scale)
-            self.window[0] += output.loss_sum.detach()
-            self.window[1] += auxiliary.detach()
+            sums[0] += output.loss_sum.detach()
+            sums[1] += auxiliary.detach()
             for name, counted in batch.target_groups().items():
                 found = torch.stack([(output.nll * counted).sum(), counted.sum()])
-                self.groups[name] = self.groups.get(name, 0) + found.double()
+                groups[name] = groups.get(name, 0) + found.double()
             for name, value in output.aux.items():
                 if not name.endswith("_loss"):
                     statistics[name] = statistics.get(name, 0) + value.detach()
@@ -219,9 +223,14 @@ class Trainer:
                 self.carried[slot] = map_state(Tensor.detach, output.state)
             if slot + 1 < len(micro_batches):
                 engine.step()  # counts the micro-batch; no update before the last one
-        self.window[2] += valid
+        sums[2] += valid
         self.window_steps += 1
         self.grad_norm, applied = take_step(engine, config.optim.grad_clip)
+        # One NaN would be that of all steps until the next report.
+        counted = applied.to(sums.device)
+        self.window += torch.where(counted, sums, 0)
+        for name, found in groups.items():
+            self.groups[name] = self.groups.get(name, 0) + torch.where(counted, found, 0)
         self._hear_of_last_step()
         self.last_step.put(self.step + 1, torch.stack([counts[1], (~applied).to(counts)]))
         if config.zero.stage == 0 and not (statistics or config.train.carry_state):
@@ -271,7 +280,7 @@ class Trainer:
         seconds, waited = self.stopwatch.read()
         if self.log is None:
             return
-        config, loss = self.config, nll / max(1.0, valid)
+        config, loss = self.config, nll / valid if valid else math.nan
         rate = steps * config.train.global_batch_tokens / seconds
         values = {
             "loss": loss,
@@ -288,8 +297,12 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             values[f"lr/{group['name']}"] = group["lr"]
         values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(values["grad_norm"]):
-            self.log.say(f"step {self.step}: gradients not finite, update skipped on all ranks")
+        if skipped := self.engine.skipped_steps - self.skips_reported:
+            self.skips_reported += skipped
+            self.log.say(
+                f"step {self.step}: gradients not finite in {skipped} of the last {steps} steps, "
+                f"update skipped on all ranks; their losses are not in the mean"
+            )
         self.log.row(self.step, self.tokens, values)
         self.log.say(metrics.console_line(self.step, config.total_steps, self.tokens, values))
 

@@ -47,7 +47,7 @@ def plain_forward(
 ) -> tuple[Tensor | None, ...]:
     assert return_lse
     y = torch.full_like(q, torch.nan)
-    sums = y[..., 0].float().transpose(-1, -2).contiguous()
+    sums = y[..., 0].float().transpose(-1, -2).clone(memory_format=torch.contiguous_format)
     for i, j in sequences(len(q), cu_seqlens_q, cu_seqlens_k):
         s = scores(q[i], k[j], softmax_scale, window_size_left, window_size_right)
         y[i] = torch.einsum("hts,shk->thk", s.softmax(-1), v[j])

@@ -71,6 +71,22 @@ def test_values_and_gradients_equal_the_definition(
 
 
 @pytest.mark.triton
+def test_interpreted_kernels_need_no_eps_behind_the_last_token() -> None:
+    y, z, gain, weight = leaves(12, torch.float32, "cpu")
+    y = y.detach().clone()
+    y[0, 1] = 1
+    inputs = [y.requires_grad_(), z, gain, weight]
+    runs = (
+        fused_gated_norm_linear,
+        lambda y, z, gain, weight, groups, eps: gated_norm_linear(
+            GatedNorm(y, z, gain, groups, eps), weight
+        ),
+    )
+    found, want = (torch.autograd.grad(run(*inputs, 1, 0.0).sum(), inputs) for run in runs)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.triton
 @every_dtype
 @every_size
 def test_interpreted_kernels_equal_the_definition(

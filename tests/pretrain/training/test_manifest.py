@@ -1,13 +1,18 @@
 """Which folders count as checkpoints, and which ones retention removes."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.training import manifest
+from pretrain.training.checkpoint import CheckpointSaver
 from pretrain.training.manifest import SavedCheckpoint
 
 
@@ -28,9 +33,22 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def edit_manifest(checkpoint: Path, edit: Callable[[Any], object]) -> None:
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    edit(content)
+    (checkpoint / "manifest.json").write_text(json.dumps(content))
+
+
 DAMAGE = {
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing"),
     "cut manifest": (lambda c: (c / "manifest.json").write_text('{"st'), "unreadable"),
+    "another key": (
+        lambda c: edit_manifest(c, lambda m: m["files"]["training.json"].pop("bytes")),
+        "unreadable",
+    ),
+    "a list": (lambda c: (c / "manifest.json").write_text("[]"), "unreadable"),
+    "no files": (lambda c: edit_manifest(c, lambda m: m.update(files=[])), "unreadable"),
+    "other step": (lambda c: edit_manifest(c, lambda m: m.update(step=3)), "that of step 3"),
     "missing file": (lambda c: (c / "deepspeed" / "weights.pt").unlink(), "is missing"),
     "cut file": (lambda c: (c / "deepspeed" / "weights.pt").write_bytes(b"x"), "has 1 bytes"),
     "flipped bit": (lambda c: flip_a_bit(c / "deepspeed" / "weights.pt"), "is damaged"),
@@ -58,6 +76,21 @@ def test_folder_being_written_is_never_a_checkpoint(tmp_path: Path) -> None:
     assert (path.name, passed_over) == ("step_00000001", [])
     manifest.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_a_copy_that_somebody_made_is_neither_read_nor_removed(tmp_path: Path) -> None:
+    original = make_checkpoint(tmp_path, 1)
+    shutil.copytree(original, tmp_path / "step_00000001_backup")
+    shutil.copytree(original, tmp_path / "step_2")
+    assert manifest.newest_complete(tmp_path) == (original, [])
+    assert [saved.path for saved in manifest.saved_checkpoints(tmp_path)] == [original]
+
+
+def test_checkpoints_are_ordered_by_their_steps(tmp_path: Path) -> None:
+    for step in (10**8, 99_999_999):
+        shutil.copytree(make_checkpoint(tmp_path, 1), tmp_path / f"step_{step:08d}")
+    folders = [saved.path.name for saved in manifest.saved_checkpoints(tmp_path)]
+    assert folders == ["step_00000001", "step_99999999", "step_100000000"]
 
 
 def test_latest_names_the_published_checkpoint(tmp_path: Path) -> None:
@@ -130,3 +163,15 @@ def test_unwritable_folder_and_full_disk_are_found_before_training(
         manifest.check_room(tmp_path, 2 * 10**9)
     manifest.check_room(tmp_path, 10**5)
     assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_what_was_passed_over_crowds_out_nothing(tmp_path: Path) -> None:
+    """A damaged checkpoint of step 10, from which a run went back to 5, when it saves step 8."""
+    for step in (5, 8, 10):
+        make_checkpoint(tmp_path, step)
+    keep = SimpleNamespace(keep_last=2, keep_every_tokens=0)
+    saver = SimpleNamespace(root=tmp_path, config=SimpleNamespace(checkpoint=keep))
+    CheckpointSaver._remove_old(saver, 8)  # type: ignore[arg-type]
+    assert [saved.step for saved in manifest.saved_checkpoints(tmp_path)] == [5, 8, 10]
+    CheckpointSaver._remove_old(saver, 10)  # type: ignore[arg-type]
+    assert [saved.step for saved in manifest.saved_checkpoints(tmp_path)] == [8, 10]

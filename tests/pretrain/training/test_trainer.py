@@ -1,11 +1,13 @@
 """What the trainer makes of data that cannot be read; all else about it is in tests/distributed."""
 
 import gc
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +76,38 @@ def _watch_steps(folder: str, stage: int) -> tuple[int, list[int]]:
     (Path(folder) / run.name).mkdir()
     assert tiny_run.build_trainer(run, world).fit()
     return reads.number, [*frozen, gc.get_freeze_count()]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_skipped_step_is_not_in_the_mean_of_the_others(stage: int, tmp_path: Path) -> None:
+    rows = _train(Run("run", str(tmp_path), stage, steps=8, log_every=4, poison=(5, 6)))
+    assert [(row["step"], row["skipped_steps"]) for row in rows] == [(4, 0), (8, 1)]
+    assert 0 < rows[1]["loss"] < 2 * rows[0]["loss"]
+    told = "step 8: gradients not finite in 1 of the last 4 steps"
+    assert told in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_run_that_is_stopped_where_it_saves_reports_what_it_trained(tmp_path: Path) -> None:
+    run = Run("run", str(tmp_path), 0, carry_state=False, codebook=False, log_every=100)
+    run.save_every, run.signals = 1, {"SIGTERM": 3}
+    assert [row["step"] for row in _train(run)] == [4]
+
+
+def _train(run: Run) -> list[dict[str, Any]]:
+    """The rows that have a loss."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(_fit, run).result()
+    lines = (Path(run.out_dir) / run.name / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def _fit(run: Run) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    world = start_process_group(tiny_run.config_of(run, 1))
+    (Path(run.out_dir) / run.name).mkdir()
+    tiny_run.build_trainer(run, world).fit()
 
 
 def test_a_decoder_is_checked_with_as_many_tokens_as_targets_have(
