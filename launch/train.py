@@ -34,7 +34,7 @@ from pretrain.config_problems import launcher_world_size
 from pretrain.models import LanguageModelConfig, build_model
 from pretrain.ops.kernel_packages import describe_missing
 from pretrain.training.catalogue import catalogue, describe_catalogue
-from pretrain.training.checkpoint import checkpoint_bytes
+from pretrain.training.checkpoint import checkpoint_bytes, on_main
 from pretrain.training.engine import deepspeed_config, start_process_group
 from pretrain.training.environment import describe_environment, git_commit
 from pretrain.training.leaving import leave
@@ -46,6 +46,7 @@ from pretrain.training.plan import (
     describe,
     make_plan,
 )
+from pretrain.training.run_lock import lock_run
 from pretrain.training.trainer import RankError, Trainer, TrainingError
 
 FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
@@ -107,6 +108,7 @@ def set_up(arguments: list[str]) -> Trainer | None:
     before = load_saved_config(saved_config) if saved_config.exists() else None
 
     world = start_process_group(config)
+    unlocked = on_main(world, lambda: lock_run(config.run_dir))
     if data is None:  # One rank asks the hub for all: not before they have met.
         assert tokenizer is not None
         data = read_stream(config, tokenizer, world)
@@ -115,6 +117,7 @@ def set_up(arguments: list[str]) -> Trainer | None:
         lines = [f"changed   {key}: {old} -> {new}" for key, (old, new) in changed]
         screen = first_screen(config, world_size, data.description)
         lines += [f"kernels   {missing}" for missing in describe_missing(world.device)]
+        lines += [f"lock      {unlocked}"] if unlocked else []
         say(config.run_dir, "\n".join([screen, *lines]) + "\n")
     evaluate = data.validation(world) if data.validation else None
     trainer = Trainer(config, model, data.loader, world, data.facts, evaluate=evaluate)
