@@ -274,7 +274,8 @@ def test_a_damaged_newest_checkpoint_is_said_to_be_passed_over(words, tmp_path, 
         facts = {"zero_stage": 1, "tokenizer": BytesTokenizer().sha256}
         (checkpoint / "training.json").write_text(json.dumps(facts))
         files = file_entries(checkpoint, content_files(checkpoint))
-        (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
+        content = {"step": step, "tokens": step, "files": files}
+        (checkpoint / "manifest.json").write_text(json.dumps(content))
     (checkpoint / "buffers.pt").write_text("damaged")
     assert run(words, model="", run="run", steps="1") == 0
     passed_over = "passed over: step_00000002 is not complete: buffers.pt has 7 bytes"

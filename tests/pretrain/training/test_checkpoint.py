@@ -106,7 +106,8 @@ def test_load_model_says_what_is_wrong(tmp_path: Path) -> None:
         load_model(tmp_path / "run")
     broken = tmp_path / "run" / "checkpoints" / "step_00000002"
     broken.mkdir(parents=True)
-    (broken / "manifest.json").write_text(json.dumps({"step": 2, "tokens": 2, "files": {"a": {}}}))
+    files = {"a": {"bytes": 1, "sha256": ""}}
+    (broken / "manifest.json").write_text(json.dumps({"step": 2, "tokens": 2, "files": files}))
     with pytest.raises(CheckpointError, match="step_00000002 is not complete: a is missing"):
         load_model(tmp_path / "run")
     with pytest.raises(CheckpointError, match="there are: step_00000002"):
