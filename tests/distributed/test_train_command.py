@@ -118,7 +118,7 @@ def test_stopped_by_sigterm_and_started_again_the_command_finishes(
     (first, _) = sorted((run / "checkpoints" / f"step_{total:08d}").glob("carried_*.pt"))
     carried = torch.load(first, weights_only=True)
     assert len(carried) == len(tree_leaves(output.state))
-    files = "config.yaml environment.json metrics.jsonl tensorboard train.log checkpoints DONE"
+    files = "config.yaml environment.json metrics.jsonl tensorboard train.log checkpoints DONE lock"
     assert {path.name for path in run.iterdir()} == {*files.split(), "profile"}
     assert len(list((run / "profile").iterdir())) == 2
 
