@@ -32,8 +32,8 @@ from pretrain.ops.ssd import ssd
 class InProjection(nn.Linear):
     """(..., D) -> z (..., I), and xbc and dt, (..., out_features - I).
 
-    Two products: where the convolution's backward has no use for the rest (on a CPU), z as a part
-    of one tensor would keep it.
+    Two products: on a CPU the backward keeps z, but of the rest a copy that the convolution makes,
+    and z as a part of one tensor would keep both.
     """
 
     def __init__(self, d_model: int, d_inner: int, out_features: int) -> None:

@@ -113,8 +113,8 @@ def _step_of(folder: Path) -> int | None:
 
 def _folders(root: Path) -> list[Path]:
     """Those with the name of a checkpoint, oldest first."""
-    steps = {path: _step_of(path) for path in root.glob("step_*")}
-    return sorted((p for p, step in steps.items() if step is not None), key=lambda p: steps[p] or 0)
+    steps = [(_step_of(path), path) for path in root.glob("step_*")]
+    return [path for _, path in sorted((step, path) for step, path in steps if step is not None)]
 
 
 def saved_checkpoints(root: Path) -> list[SavedCheckpoint]:

@@ -227,10 +227,10 @@ class Trainer:
         self.window_steps += 1
         self.grad_norm, applied = take_step(engine, config.optim.grad_clip)
         # One NaN would be that of all steps until the next report.
-        counted = applied.to(sums.device)
-        self.window += torch.where(counted, sums, 0)
-        for name, found in groups.items():
-            self.groups[name] = self.groups.get(name, 0) + torch.where(counted, found, 0)
+        kept = applied.to(sums.device)
+        self.window += torch.where(kept, sums, 0)
+        for name, group in groups.items():
+            self.groups[name] = self.groups.get(name, 0) + torch.where(kept, group, 0)
         self._hear_of_last_step()
         self.last_step.put(self.step + 1, torch.stack([counts[1], (~applied).to(counts)]))
         if config.zero.stage == 0 and not (statistics or config.train.carry_state):

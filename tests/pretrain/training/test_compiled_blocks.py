@@ -40,7 +40,7 @@ def test_many_kinds_of_layers_all_stay_compiled() -> None:
 
 
 def test_equal_models_share_what_is_compiled() -> None:
-    """Else the thirtieth training of a process runs its blocks uncompiled."""
+    """Else a process that trains many models runs the blocks of later ones uncompiled."""
 
     class Layer(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

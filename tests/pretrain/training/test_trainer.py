@@ -1,4 +1,5 @@
-"""What the trainer makes of data that cannot be read; all else about it is in tests/distributed."""
+"""Data that cannot be read, what a step waits for, skipped steps and stops in what is reported; all
+else about the trainer is in tests/distributed."""
 
 import gc
 import json
@@ -66,15 +67,10 @@ def _watch_steps(folder: str, stage: int) -> tuple[int, list[int]]:
             with reads:
                 super()._train_step(micro_batches)
 
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
     reads, frozen = Reads(), []
     tiny_run.Trainer = Watched  # type: ignore[misc]
     run = Run("run", folder, stage, steps=6, carry_state=False, codebook=False, log_every=3)
-    world = start_process_group(tiny_run.config_of(run, 1))
-    (Path(folder) / run.name).mkdir()
-    assert tiny_run.build_trainer(run, world).fit()
+    assert _fit(run)
     return reads.number, [*frozen, gc.get_freeze_count()]
 
 
@@ -101,13 +97,13 @@ def _train(run: Run) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "loss" in row]
 
 
-def _fit(run: Run) -> None:
+def _fit(run: Run) -> bool:
     os.environ["DS_ACCELERATOR"] = "cpu"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     world = start_process_group(tiny_run.config_of(run, 1))
     (Path(run.out_dir) / run.name).mkdir()
-    tiny_run.build_trainer(run, world).fit()
+    return tiny_run.build_trainer(run, world).fit()
 
 
 def test_a_decoder_is_checked_with_as_many_tokens_as_targets_have(
