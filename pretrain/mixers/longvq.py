@@ -57,6 +57,8 @@ from pretrain.ops.window_attention import cached_keys
 # it has 70 steps to be found.
 DEAD_SHARE = 0.03
 
+SHARE = 2048  # tokens that are summed by code apart from others
+
 
 class Codebook(nn.Module):
     """H codebooks of S unit keys, moved by exponential averages of what falls on each code.
@@ -100,20 +102,28 @@ class Codebook(nn.Module):
         Returns:
             code_counts (H, S), code_sums (H, S, K) and code_errors (H, S), squared distances.
         """
-        heads, size, width = self.codebook.shape
+        heads, size, _ = self.codebook.shape
+        batch, length = k.shape[:2]
         k = k.detach().double()
         weight = k.new_ones(k.shape[:3]) if counted is None else counted[..., None].expand_as(codes)
         weight = weight.to(k.dtype)
-        rows = (codes + size * torch.arange(heads, device=k.device)).flatten()
-        counts = k.new_zeros(heads * size).index_add(0, rows, weight.flatten())
-        weighed = (k * weight.unsqueeze(-1)).flatten(0, 2)
-        sums = k.new_zeros(heads * size, width).index_add(0, rows, weighed)
-        errors = (k - look_up(codes, self.codebook)).square().sum(-1) * weight
-        errors = k.new_zeros(heads * size).index_add(0, rows, errors.flatten())
+        # In shares first: on a GPU what falls on one code waits in line.
+        share = torch.arange(batch * length, device=k.device).view(batch, length, 1) // SHARE
+        shares = -(-batch * length // SHARE)
+        rows = (codes + size * (torch.arange(heads, device=k.device) + heads * share)).flatten()
+
+        def by_code(x: Tensor) -> Tensor:
+            """(B, T, H, ...) -> (H, S, ...)."""
+            sums = x.new_zeros(shares * heads * size, *x.shape[3:])
+            return (
+                sums.index_add(0, rows, x.flatten(0, 2)).unflatten(0, (shares, heads, size)).sum(0)
+            )
+
+        errors = (k - look_up(codes, self.codebook)).square().sum(-1)
         return {
-            "code_counts": counts.view(heads, size),
-            "code_sums": sums.view(heads, size, width),
-            "code_errors": errors.view(heads, size),
+            "code_counts": by_code(weight),
+            "code_sums": by_code(k * weight.unsqueeze(-1)),
+            "code_errors": by_code(errors * weight),
         }
 
     @torch.no_grad()

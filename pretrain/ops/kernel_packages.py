@@ -5,6 +5,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
 
 VERSIONS = {"flash-attn-4": "4.0.0b36", "quack-kernels": "0.6.5"}  # as in pyproject.toml
 _INSTEAD = {
@@ -30,6 +31,14 @@ def is_installed(name: str) -> bool:
             stacklevel=2,
         )
     return found == VERSIONS[name]
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy where it does not begin at a multiple of 16 bytes, as these kernels read it.
+
+    Only an operator can tell: while code is traced a tensor has no address.
+    """
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def describe_missing(device: torch.device) -> list[str]:

@@ -3,12 +3,13 @@
 Shapes: H heads, R distances, I queries, J keys.
 
 A bias is handed to an attention op as one row per head over the distances 0 .. R - 1, and becomes a
-matrix only there, as a view: a Toeplitz matrix is a reversed row read at every offset.
+matrix only there: a Toeplitz matrix is a reversed row read at every offset.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -123,5 +124,10 @@ def toeplitz_bias(bias: Tensor, queries: int, keys: int, newest: int) -> Tensor:
     """
     # Row i is the reversed bias from place I - 1 - i on; zeros stand for keys ahead of the query.
     ahead = max(0, queries + keys - 2 - newest)
-    row = torch.cat([bias[:, : newest + 1].flip(1), bias.new_zeros(bias.shape[0], ahead)], 1)
-    return row.unfold(1, keys, 1)[:, :queries].flip(1)
+    row = F.pad(bias[:, : newest + 1].flip(1), (0, ahead))
+    # Copies of it in lines that are one entry longer begin one place later in each line. `unfold`
+    # says so in one word, but its gradient adds entry after entry to the row, by atomics on a GPU;
+    # that of these copies is a sum over lines.
+    copies = row.unsqueeze(1).expand(-1, queries, -1).flatten(1)
+    lines = F.pad(copies, (0, queries)).unflatten(1, (queries, row.shape[1] + 1))
+    return lines[:, :, :keys].flip(1)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.ops.kernel_packages import is_installed
+from pretrain.ops.kernel_packages import aligned, is_installed
 from pretrain.ops.numerics import matmul_dtype
 
 QUACK_INSTALLED = is_installed("quack-kernels")
@@ -58,7 +58,8 @@ def linear_swiglu_in_turns(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     from quack.gemm_interface import gemm_gated
 
-    return gemm_gated(x.contiguous(), weight.contiguous().T, activation="swiglu", tuned=False)
+    x, weight = _as_quack_reads(x, weight)
+    return gemm_gated(x, weight.T, activation="swiglu", tuned=False)
 
 
 @torch.library.custom_op("longspan::swiglu_linear_in_turns", mutates_args=())
@@ -80,8 +81,12 @@ def _swiglu_linear_in_turns_backward(
     """The gradient of `gate_up`, (M, 2F), and silu(gate) * up, (M, F); `dy` is (M, D)."""
     from quack.gemm_interface import gemm_dgated
 
-    operands = dy.contiguous(), weight.contiguous(), gate_up.contiguous()
+    operands = _as_quack_reads(dy, weight, gate_up)
     return gemm_dgated(*operands, activation="swiglu", tuned=False, config=_narrow_tiles())
+
+
+def _as_quack_reads(*operands: Tensor) -> list[Tensor]:
+    return [aligned(x.contiguous()) for x in operands]
 
 
 @functools.cache

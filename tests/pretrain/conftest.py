@@ -16,6 +16,7 @@ def quack_by_definition(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]
 
     def fn(a: Tensor, b: Tensor, out: Tensor, *, config: SimpleNamespace) -> None:
         calls.append((tuple(a.shape), tuple(b.shape), config.tile_m, config.tile_n))
+        assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0
         torch.mm(a, b, out=out)
 
     for name, attribute, value in (

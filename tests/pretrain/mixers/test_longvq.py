@@ -41,7 +41,11 @@ def statistics(mixer: LongVQ, x: Tensor, counted: Tensor | None = None) -> dict[
     return {k: v for k, v in mixer(x, counted=counted).aux.items() if not k.endswith("_loss")}
 
 
-def test_update_is_the_exponential_average_of_the_keys_of_each_code() -> None:
+@pytest.mark.parametrize("share", [7, 2048])  # several shares of the tokens, or one
+def test_update_is_the_exponential_average_of_the_keys_of_each_code(
+    share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.mixers.longvq.SHARE", share)
     mixer = build(codebook_decay=0.9)
     book = mixer.codes
     book.use.fill_(3.0)  # of codes that are in use nothing restarts

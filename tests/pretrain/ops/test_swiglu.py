@@ -193,12 +193,14 @@ def quack_by_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """quack's two products as it defines them (`gemm_act_ref`, `gemm_dact_ref`): pairs."""
 
     def gemm_gated(a: Tensor, b: Tensor, *, activation: str, tuned: bool) -> tuple[Tensor, Tensor]:
+        assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0
         pre = a.float() @ b.float()
         return pre.to(a.dtype), (F.silu(pre[:, ::2]) * pre[:, 1::2]).to(a.dtype)
 
     def gemm_dgated(
         a: Tensor, b: Tensor, pre: Tensor, *, activation: str, tuned: bool, config: object
     ) -> tuple[Tensor, Tensor]:
+        assert not any(x.data_ptr() % 16 for x in (a, b, pre))
         gate, up = pre.float().unflatten(-1, (-1, 2)).unbind(-1)
         d, sigmoid, silu = a.float() @ b.float(), gate.sigmoid(), F.silu(gate)
         d_pre = torch.stack([d * up * (sigmoid + silu * (1 - sigmoid)), d * silu], -1).flatten(1)
@@ -220,6 +222,15 @@ def test_gate_and_up_taking_turns_are_the_definition(compiled: bool) -> None:
     inputs = mlp_leaves(10, 24, torch.bfloat16, "cpu")
     check_products(form, inputs)
     assert [t.grad_fn for t in gate_up_linear(*inputs[:2])][1] is None  # no gradient, no zeros
+
+
+@pytest.mark.usefixtures("quack_by_definition")
+def test_what_quack_reads_may_begin_anywhere() -> None:
+    inputs = [
+        torch.cat([t.new_zeros(1), t.detach().flatten()])[1:].view_as(t).requires_grad_()
+        for t in mlp_leaves(10, 24, torch.bfloat16, "cpu")
+    ]
+    check_products(mlp, inputs)
 
 
 @pytest.mark.usefixtures("quack_by_definition")
