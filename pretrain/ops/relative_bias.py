@@ -7,6 +7,7 @@ matrix only there: a Toeplitz matrix is a reversed row read at every offset.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +126,23 @@ def toeplitz_bias(bias: Tensor, queries: int, keys: int, newest: int) -> Tensor:
     # Row i is the reversed bias from place I - 1 - i on; zeros stand for keys ahead of the query.
     ahead = max(0, queries + keys - 2 - newest)
     row = F.pad(bias[:, : newest + 1].flip(1), (0, ahead))
-    # Copies of it in lines that are one entry longer begin one place later in each line. `unfold`
-    # says so in one word, but its gradient adds entry after entry to the row, by atomics on a GPU;
-    # that of these copies is a sum over lines.
-    copies = row.unsqueeze(1).expand(-1, queries, -1).flatten(1)
-    lines = F.pad(copies, (0, queries)).unflatten(1, (queries, row.shape[1] + 1))
-    return lines[:, :, :keys].flip(1)
+    return _Toeplitz.apply(row, queries, keys)
+
+
+class _Toeplitz(torch.autograd.Function):
+    """(H, L) -> (H, I, J): in line i what lies from place I - 1 - i on. The gradient of `unfold`
+    adds entry after entry to the row, by atomics on a GPU; this one is a sum over lines."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, queries: int, keys: int) -> Tensor:
+        ctx.length = row.shape[1]
+        return row.unfold(1, keys, 1)[:, :queries].flip(1)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
+        queries, keys = d.shape[1:]
+        # Lines that are one entry longer than the row move to their places, each one further than
+        # the one above it, when they are read as lines of its length.
+        longer = F.pad(d.flip(1), (0, ctx.length + 1 - keys)).flatten(1)
+        lines = longer[:, : queries * ctx.length].unflatten(1, (queries, ctx.length))
+        return lines.sum(1), None, None

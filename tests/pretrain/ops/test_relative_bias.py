@@ -24,6 +24,30 @@ def test_bias_by_distance_reads_the_table() -> None:
     assert (bias[:, 128:] == t5.table[:, 31:]).all()  # all that is far looks alike
 
 
+@pytest.mark.parametrize(
+    ("distances", "queries", "keys", "newest"),
+    [(12, 6, 12, 11), (12, 1, 5, 4), (12, 5, 1, 7), (12, 3, 7, 3), (14, 4, 9, 11)],
+    ids=["own and previous", "one query", "one key", "keys ahead", "all keys behind"],
+)
+def test_a_matrix_and_its_gradient_are_those_of_reading_the_bias_entry_by_entry(
+    distances: int, queries: int, keys: int, newest: int
+) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(3, distances, dtype=torch.float64, requires_grad=True)
+    distance = newest + torch.arange(queries).unsqueeze(1) - (queries - 1) - torch.arange(keys)
+    behind = distance >= 0
+    want = bias[:, distance.clamp(min=0)]
+    got = toeplitz_bias(bias, queries, keys, newest)
+    assert torch.equal(got * behind, want * behind)
+    d = torch.randn_like(got) * behind
+    gradients = [torch.autograd.grad(x, bias, d)[0] for x in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    whole = torch.randn_like(got)  # what lies ahead has no gradient to give
+    torch.testing.assert_close(
+        *(torch.autograd.grad(got, bias, x)[0] for x in (whole, whole * behind))
+    )
+
+
 def test_inductor_compiles_a_matrix_of_biases_as_it_does_on_a_gpu() -> None:
     """There it fuses `torch.cat`, on a CPU only when told to; clamped first, buckets stopped it."""
     t5, window = T5Bias(2), 8
