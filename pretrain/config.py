@@ -269,7 +269,10 @@ def load_config(arguments: list[str], *, config_dir: Path = CONFIG_DIR) -> RunCo
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML."""
     temporary = path.with_name(f"tmp.{path.name}")  # a kill leaves the old file or the new one
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        file.flush()
+        os.fsync(file.fileno())  # a power cut, too
     os.replace(temporary, path)
 
 
@@ -277,13 +280,25 @@ def load_saved_config(path: Path) -> RunConfig:
     """Reads what `save_config` wrote.
 
     Raises:
-        ConfigError: when the file is missing or was written by an incompatible version.
+        ConfigError: when the file is missing, damaged or written by an incompatible version.
     """
     problems: list[str] = []
     schema = OmegaConf.structured(RunConfig)
     if not path.is_file():
         raise ConfigError([f"{path}: no such file; is this a run directory?"])
-    _merge(schema, OmegaConf.to_container(OmegaConf.load(path)), str(path), problems)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        reason = "it holds no keys" if not isinstance(content, dict) or not content else ""
+    except Exception as error:  # a YAML syntax error, whatever the parser calls it
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise ConfigError(
+            [
+                f"{path} is damaged ({reason}); put back a copy of it, which every checkpoint has "
+                f"(checkpoints/step_*/config.yaml)"
+            ]
+        )
+    _merge(schema, content, str(path), problems)
     if problems:
         raise ConfigError(problems)
     config = OmegaConf.to_object(schema)

@@ -229,6 +229,14 @@ def test_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:
     assert set(differences(config)) == {"train.seq_len", "model.mixers.swa.window_size", "seed"}
 
 
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"a: [", b"\xff\xfe\x00"])
+def test_a_damaged_config_is_one_clear_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged.*put back a copy"):
+        load_saved_config(path)
+
+
 def test_every_shipped_config_loads() -> None:
     """But models, which tests/pretrain/training/test_catalogue.py loads and builds."""
     root = Path(__file__).resolve().parents[2] / "configs"
