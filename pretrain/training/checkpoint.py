@@ -214,8 +214,16 @@ def restore(
 
 def _convert(source: Path, target: Path) -> None:
     shutil.rmtree(target.parent, ignore_errors=True)
-    target.parent.mkdir()
-    universal.convert(source, target)
+    try:
+        target.parent.mkdir()
+        universal.convert(source, target)
+    except Exception as error:
+        shutil.rmtree(target.parent, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot convert {source} to another number of processes: {type(error).__name__}: "
+            f"{error}. It is unharmed; free space (a copy of it is made), or start as many "
+            f"processes as wrote it"
+        ) from error
 
 
 def load_carried(folder: Path, model: nn.Module, config: RunConfig, world: World) -> list[Any]:

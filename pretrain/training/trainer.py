@@ -63,7 +63,8 @@ class Trainer:
     Raises:
         ValueError: when the checkpoint found, or that of `train.init_from`, belongs to another
             model or tokenizer, or the one found to another data order.
-        CheckpointError: that of `train.init_from` is missing or damaged.
+        CheckpointError: that of `train.init_from` is missing or damaged, or the one found could not
+            be converted to another number of processes.
     """
 
     def __init__(
@@ -133,7 +134,21 @@ class Trainer:
 
         Returns:
             True when finished; False when stopped by SIGTERM after saving.
+
+        Raises:
+            TrainingError: training cannot go on.
+            CheckpointError: nothing can be saved.
         """
+        try:
+            return self._fit()
+        except OSError as error:  # the disk is full, or its folder is gone
+            raise RankError(
+                f"rank {self.world.rank} cannot go on behind step {self.step}: {error} (last "
+                f"checkpoint: {self._last_saved()}). Free space or fix the folder, then start the "
+                f"same command again"
+            ) from error
+
+    def _fit(self) -> bool:
         previous = signal.signal(signal.SIGTERM, self._request_stop)
         # Else every full collection looks through all that was imported, built and compiled, 0.15 s
         # of the host's, on each rank at a step of its own.
@@ -263,10 +278,9 @@ class Trainer:
         limit = self.config.train.max_consecutive_skips
         if self.skipped_in_a_row < limit:
             return
-        safe = f"step {self.saved_step}" if self.saved_step >= 0 else "none"
         raise TrainingError(
-            f"gradients were not finite in {limit} steps in a row, up to step {step}; all "
-            f"were skipped, no weight holds a NaN (last checkpoint: {safe}). Lower "
+            f"gradients were not finite in {limit} steps in a row, up to step {step}; all were "
+            f"skipped, no weight holds a NaN (last checkpoint: {self._last_saved()}). Lower "
             f"optim.learning_rate, lengthen schedule.warmup_fraction, or look at the data there"
         )
 
@@ -356,6 +370,9 @@ class Trainer:
         self.window_steps = 0
         if self.log is not None:
             self.log.say(f"saved {path}")
+
+    def _last_saved(self) -> str:
+        return f"step {self.saved_step}" if self.saved_step >= 0 else "none"
 
     def _due(self, every_tokens: int) -> bool:
         """Whether this step crossed a multiple of `every_tokens`; 0 means never."""

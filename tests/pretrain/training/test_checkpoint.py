@@ -131,3 +131,18 @@ def test_beginning_with_weights_says_what_is_wrong(
         start_with(TinyLM(extra_row=True), tmp_path / "run", world, "a")
     with pytest.raises(ValueError, match=r"its tokenizer \(a\) is not this run's \(b\)"):
         start_with(TinyLM(), tmp_path / "run", world, "b")
+
+
+def test_a_conversion_that_fails_is_one_clear_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(source: Path, target: Path) -> None:
+        target.mkdir()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(universal, "convert", convert)
+    source = tmp_path / "step_00000001"
+    source.mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot convert .*No space left.*unharmed"):
+        checkpoint._convert(source, tmp_path / "tmp.universal" / "universal")
+    assert list(tmp_path.iterdir()) == [source]

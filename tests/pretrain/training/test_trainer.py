@@ -1,6 +1,7 @@
 """Data that cannot be read, what a step waits for, skipped steps and stops in what is reported; all
 else about the trainer is in tests/distributed."""
 
+import errno
 import gc
 import json
 import os
@@ -19,7 +20,7 @@ from pretrain.models import build_model
 from pretrain.training import engine, trainer
 from pretrain.training.engine import World, start_process_group
 from pretrain.training.late_read import LateRead
-from pretrain.training.metrics import CorpusFacts
+from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.trainer import AnyBatch, RankError, Trainer
 from tests.distributed import tiny_run
 from tests.distributed.tiny_run import Run
@@ -87,6 +88,25 @@ def test_a_run_that_is_stopped_where_it_saves_reports_what_it_trained(tmp_path: 
     run = Run("run", str(tmp_path), 0, carry_state=False, codebook=False, log_every=100)
     run.save_every, run.signals = 1, {"SIGTERM": 3}
     assert [row["step"] for row in _train(run)] == [4]
+
+
+def test_a_full_disk_is_an_error_of_this_rank_and_no_traceback(tmp_path: Path) -> None:
+    run = Run("run", str(tmp_path), 0, carry_state=False, codebook=False, log_every=3, save_every=2)
+    expected = r"rank 0 cannot go on behind step 3: .*No space left.*last checkpoint: step 2"
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        training = pool.submit(_fit_on_a_full_disk, run)
+        with pytest.raises(RankError, match=expected):
+            training.result()
+
+
+def _fit_on_a_full_disk(run: Run) -> bool:
+    class FullLog(MetricLog):
+        def row(self, step: int, tokens: int, values: dict[str, float]) -> None:
+            if "loss" in values:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    trainer.MetricLog = FullLog  # type: ignore[misc]
+    return _fit(run)
 
 
 def _train(run: Run) -> list[dict[str, Any]]:
