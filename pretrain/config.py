@@ -290,7 +290,7 @@ def load_saved_config(path: Path) -> RunConfig:
         content = OmegaConf.to_container(OmegaConf.load(path))
         reason = "it holds no keys" if not isinstance(content, dict) or not content else ""
     except Exception as error:  # a YAML syntax error, whatever the parser calls it
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
     if reason:
         raise ConfigError(
             [

@@ -149,6 +149,7 @@ class Trainer:
             ) from error
 
     def _fit(self) -> bool:
+        """The loop, with what must be put back behind it."""
         previous = signal.signal(signal.SIGTERM, self._request_stop)
         # Else every full collection looks through all that was imported, built and compiled, 0.15 s
         # of the host's, on each rank at a step of its own.
