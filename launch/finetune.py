@@ -49,6 +49,7 @@ from launch.finetuning_settings import (
     train_options,
 )
 from pretrain.command_line import check_positive, own_device, parse
+from pretrain.files import write_json
 from pretrain.finetuning.answers import classify, write
 from pretrain.finetuning.classifier import LabelClassifier
 from pretrain.finetuning.generation import GenerationOptions
@@ -58,7 +59,7 @@ from pretrain.finetuning.starting_point import StartingPoint
 from pretrain.finetuning.train import TrainOptions, replace_file, train
 from pretrain.training.environment import git_commit
 from pretrain.training.leaving import leave
-from pretrain.training.manifest import CheckpointError, write_json
+from pretrain.training.manifest import CheckpointError
 
 FINISHED, FAILED, BAD_INPUT, PROCESS_LOST = 0, 1, 2, 4
 WEIGHTS = "best.pt"

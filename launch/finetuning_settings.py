@@ -9,9 +9,9 @@ from typing import Any
 from evals.downstream import outputs
 from evals.downstream.examples import digest
 from evals.downstream.tasks import Splits, Task
+from pretrain.files import write_json
 from pretrain.finetuning.starting_point import StartingPoint, from_run, untrained, with_defaults
 from pretrain.finetuning.train import TrainOptions
-from pretrain.training.manifest import write_json
 
 
 @dataclass

@@ -31,6 +31,7 @@ from pretrain.config import (
     save_config,
 )
 from pretrain.config_problems import launcher_world_size
+from pretrain.files import write_json
 from pretrain.models import LanguageModelConfig, build_model
 from pretrain.ops.kernel_packages import describe_missing
 from pretrain.training.catalogue import catalogue, describe_catalogue
@@ -38,7 +39,7 @@ from pretrain.training.checkpoint import checkpoint_bytes, on_main
 from pretrain.training.engine import deepspeed_config, start_process_group
 from pretrain.training.environment import describe_environment, git_commit
 from pretrain.training.leaving import leave
-from pretrain.training.manifest import CheckpointError, check_room, write_json
+from pretrain.training.manifest import CheckpointError, check_room
 from pretrain.training.metrics import say
 from pretrain.training.plan import (
     PLANNED_VOCAB_SIZE,

@@ -11,7 +11,6 @@ model lingers in it. Derived values are properties and are stored nowhere.
 
 import difflib
 import functools
-import os
 import re
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config_problems import problems_of
+from pretrain.files import replace_text
 from pretrain.models.config import LanguageModelConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -268,12 +268,7 @@ def load_config(arguments: list[str], *, config_dir: Path = CONFIG_DIR) -> RunCo
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration as YAML."""
-    temporary = path.with_name(f"tmp.{path.name}")  # a kill leaves the old file or the new one
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        file.flush()
-        os.fsync(file.fileno())  # a power cut, too
-    os.replace(temporary, path)
+    replace_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_saved_config(path: Path) -> RunConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.downstream.examples import Example
-from pretrain.training.manifest import replace_text
+from pretrain.files import replace_text
 
 SETTINGS, RESULT = "settings.json", "result.json"
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.folder_lock import lock_folder
 from data.processes import leave_with_parent
 from evals.lra.examples import Examples
-from pretrain.training.manifest import write_json
+from pretrain.files import write_json
 
 SPLITS = ("train", "validation", "test")
 RECORD = "data.json"

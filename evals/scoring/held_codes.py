@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from evals.scoring.score import ScoredModel
-from pretrain.mixers.longvq import Codebook
+from pretrain.mixers.codebook import Codebook
 from pretrain.ops.vq_attention import look_up
 
 TIES = {"fp32": 1e-4, "bf16": 0.01}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evals.scoring.score import state_dict_sha256
-from pretrain.mixers.longvq import Codebook
+from pretrain.mixers.codebook import Codebook
 from pretrain.models import LanguageModel
 
 HEAD_CHUNK_TOKENS = 512

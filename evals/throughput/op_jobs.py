@@ -11,7 +11,7 @@ import torch
 from evals.throughput.compile_limit import NotCompiledError
 from evals.throughput.device_time import DeviceTime
 from evals.throughput.op_rows import OpRow
-from pretrain.training.manifest import write_json
+from pretrain.files import write_json
 
 
 class Job(NamedTuple):

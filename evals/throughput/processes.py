@@ -24,8 +24,8 @@ from typing import Any
 from evals.throughput.machine import Machine
 from evals.throughput.settings import Measurement
 from evals.throughput.worker import PHASE
+from pretrain.files import write_json
 from pretrain.training.environment import REPOSITORY
-from pretrain.training.manifest import write_json
 
 LASTING = ("ok", "out of memory")
 POLL_SECONDS = 0.1

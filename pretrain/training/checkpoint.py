@@ -27,6 +27,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from torch import Tensor, nn
 
 from pretrain.config import RunConfig, save_config
+from pretrain.files import TEMPORARY, write_json
 from pretrain.mixers.base import cat_states, map_state
 from pretrain.training import manifest, universal
 from pretrain.training.engine import World
@@ -193,7 +194,7 @@ def restore(
     names = [group["name"] for group in engine.optimizer.param_groups]
     folder, tag = plan.path, DEEPSPEED
     if plan.convert:
-        folder = plan.path.parent / f"{manifest.TEMPORARY}universal.{plan.path.name}"
+        folder = plan.path.parent / f"{TEMPORARY}universal.{plan.path.name}"
         tag = "universal"
         on_main(world, lambda: _convert(plan.path / DEEPSPEED, folder / tag))
     loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
@@ -291,7 +292,7 @@ class CheckpointSaver:
             CheckpointError: on every rank when any rank failed. Earlier checkpoints are untouched.
         """
         final = self.root / manifest.checkpoint_name(step)
-        folder = self.root / f"{manifest.TEMPORARY}{final.name}"
+        folder = self.root / f"{TEMPORARY}{final.name}"
         training = {
             "format": FORMAT,
             "step": step,
@@ -351,7 +352,7 @@ class CheckpointSaver:
         if self.world.is_main:
             _save_tensors(persistent_buffers(engine.module), folder / "buffers.pt")
             save_config(self.config, folder / "config.yaml")
-            manifest.write_json(folder / "training.json", training)
+            write_json(folder / "training.json", training)
 
     def _remove_old(self, step: int) -> None:
         """Of `step` and before it: a later one was passed over, and must not crowd out these."""
@@ -379,7 +380,7 @@ class CheckpointSaver:
         raise CheckpointError(on_main(self.world, lambda: self._what_is_left(final, first)))
 
     def _what_is_left(self, final: Path, failure: str) -> str:
-        shutil.rmtree(self.root / f"{manifest.TEMPORARY}{final.name}", ignore_errors=True)
+        shutil.rmtree(self.root / f"{TEMPORARY}{final.name}", ignore_errors=True)
         safe, _ = manifest.newest_complete(self.root)
         left = f"The last complete checkpoint, {safe.name}, is unharmed" if safe else "None is left"
         return (

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import TEMPORARY, replace_text, sync_folder, write_json
+
 MANIFEST = "manifest.json"
-TEMPORARY = "tmp."
 # A flipped bit may leave JSON with other names or types.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -40,31 +41,6 @@ class SavedCheckpoint:
 def checkpoint_name(step: int) -> str:
     """The folder of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replaces `path` in one move: readers and a kill see the old file or the new one."""
-    replace_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes text to disk beside `path`, then moves it there."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

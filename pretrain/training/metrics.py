@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.training.manifest import replace_text
+from pretrain.files import replace_text
 
 # Dense bf16 FLOP/s by part of the device's name, from NVIDIA's data sheets; the first match counts.
 PEAK_BF16_FLOPS = {

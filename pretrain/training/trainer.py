@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, EncoderDecoderBatch, StepLoader
 from pretrain.config import RunConfig
+from pretrain.files import write_json
 from pretrain.mixers.base import map_state
 from pretrain.training import health, metrics
 from pretrain.training.checkpoint import CheckpointSaver, plan_resume, restore, start_with
 from pretrain.training.engine import World, build_engine, take_step
 from pretrain.training.late_read import LateRead
-from pretrain.training.manifest import write_json
 from pretrain.training.metrics import CorpusFacts, MetricLog
 from pretrain.training.optim import schedule_factor
 from pretrain.training.plan import train_flops_per_token

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pretrain import mixers
-from pretrain.mixers.longvq import DEAD_SHARE, Codebook, LongVQ, hash_uniform
+from pretrain.mixers.codebook import DEAD_SHARE, Codebook, hash_uniform
+from pretrain.mixers.longvq import LongVQ
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig
 from pretrain.ops.vq_attention import FORGOTTEN, nearest_codes
 
@@ -41,11 +42,11 @@ def statistics(mixer: LongVQ, x: Tensor, counted: Tensor | None = None) -> dict[
     return {k: v for k, v in mixer(x, counted=counted).aux.items() if not k.endswith("_loss")}
 
 
-@pytest.mark.parametrize("share", [7, 2048])  # several shares of the tokens, or one
+@pytest.mark.parametrize("part", [7, 2048])  # several parts of the tokens, or one
 def test_update_is_the_exponential_average_of_the_keys_of_each_code(
-    share: int, monkeypatch: pytest.MonkeyPatch
+    part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.mixers.longvq.SHARE", share)
+    monkeypatch.setattr("pretrain.mixers.codebook.PART", part)
     mixer = build(codebook_decay=0.9)
     book = mixer.codes
     book.use.fill_(3.0)  # of codes that are in use nothing restarts

@@ -13,8 +13,9 @@ from torch import Tensor
 from pretrain import mixers
 from pretrain.mixers.block_recurrent import BlockRecurrent
 from pretrain.mixers.bst import BlockStateTransformer
+from pretrain.mixers.codebook import DEAD_SHARE
 from pretrain.mixers.ema import EMA
-from pretrain.mixers.longvq import DEAD_SHARE, LongVQ
+from pretrain.mixers.longvq import LongVQ
 from pretrain.mixers.mamba2 import Mamba2
 from pretrain.mixers.s4 import S4
 from pretrain.mixers.s4d import S4D

@@ -1,5 +1,5 @@
-"""Data that cannot be read, what a step waits for, skipped steps and stops in what is reported; all
-else about the trainer is in tests/distributed."""
+"""Data that cannot be read, a full disk, what a step waits for, skipped steps and stops in what is
+reported; all else about the trainer is in tests/distributed."""
 
 import errno
 import gc
