@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from pretrain.ops.flex_window_attention import TILE
+from pretrain.ops.flex_window_attention import TILE, kernel_options
 
 
 def flex_symmetric_window_attention(
@@ -59,7 +59,8 @@ def flex_symmetric_window_attention(
     )
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     score_mod = None if bias is None else biased
-    y = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale)
+    options = kernel_options(q.shape[-1], biased=bias is not None)
+    y = flex_attention(q, k, v, score_mod, mask, scale, kernel_options=options)
     return y.transpose(1, 2)[:, :given]
 
 

@@ -21,9 +21,9 @@ BATCH, HEADS, WIDTH = 2, 2, 16
 BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 2e-2}
 
 
-def problem(length: int, w: int, device: str) -> tuple[list[Tensor], Tensor]:
+def problem(length: int, w: int, device: str, width: int = WIDTH) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(BATCH, length, HEADS, WIDTH)] * 3 + [(HEADS, 2 * w - 1)]
+    shapes = [(BATCH, length, HEADS, width)] * 3 + [(HEADS, 2 * w - 1)]
     leaves = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     padding = torch.arange(length) >= torch.tensor([[length], [length // 2]])
     return leaves, padding.to(device)
@@ -84,7 +84,18 @@ def test_the_visited_tiles_are_those_with_a_visible_pair(n: int, w: int) -> None
 def test_kernel_equals_dense_masked_softmax(
     length: int, w: int, biased: bool, dtype: torch.dtype
 ) -> None:
-    leaves, padding = problem(length, w, "cuda")
+    compare(length, w, WIDTH, biased=biased, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
+def test_heads_of_every_width_fit_into_shared_memory(width: int, biased: bool) -> None:
+    compare(2 * TILE + 19, 200, width, biased=biased, dtype=torch.bfloat16)
+
+
+def compare(length: int, w: int, width: int, *, biased: bool, dtype: torch.dtype) -> None:
+    leaves, padding = problem(length, w, "cuda", width)
     used = leaves[: 3 + biased]
     weights = torch.randn_like(leaves[0]).masked_fill(padding[:, :, None, None], 0)
     compiled = torch.compile(flex_symmetric_window_attention, dynamic=False)

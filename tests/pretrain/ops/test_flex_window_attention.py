@@ -64,11 +64,13 @@ def test_tiles_are_those_with_a_visible_pair(reach: str, block_size: int) -> Non
                 assert torch.equal(counts[1], want_full.long())
 
 
-def problem(reach: str, offset: int, carried: bool, device: str, dtype: torch.dtype):
+def problem(
+    reach: str, offset: int, carried: bool, device: str, dtype: torch.dtype, width: int = 32
+):
     torch.manual_seed(0)
     block_size, length = 64, 2 * TILE + 19
     cached = cached_keys(reach, block_size, offset) if carried else 0
-    shapes = [(2, n, 2, 32) for n in (length, cached + length, cached + length)]
+    shapes = [(2, n, 2, width) for n in (length, cached + length, cached + length)]
     leaves = [torch.randn(shape).to(dtype).float() for shape in shapes]
     leaves.append(torch.randn(2, 4 * block_size))
     leaves = [leaf.to(device).requires_grad_() for leaf in leaves]
@@ -195,3 +197,14 @@ def test_the_kernel_equals_the_definition(
     for offset, carried in ((0, False), (17, True)):
         leaves, fresh, options = problem(reach, offset, carried, "cuda", dtype)
         compare(flex_window_attention, leaves, fresh, options, dtype, biased=biased, flags=flags)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
+def test_heads_of_every_width_fit_into_shared_memory(width: int, biased: bool) -> None:
+    torch._dynamo.reset()
+    leaves, fresh, options = problem("window", 17, True, "cuda", torch.bfloat16, width)
+    compare(
+        flex_window_attention, leaves, fresh, options, torch.bfloat16, biased=biased, flags=True
+    )

@@ -131,7 +131,8 @@ def test_an_encoder_decoder_trains_as_without(on_gpu: bool, request: pytest.Fixt
             optimizer.zero_grad()
         losses.append(torch.stack(found).cpu())
     assert losses[0][-2] < losses[0][0]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    # Two GPU runs without recordings lie up to 1.3e-4 apart in the last norm: atomics, then AdamW.
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
 
 
 @pytest.fixture
