@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from pretrain.ops.flex_window_attention import TILE, kernel_options
+from pretrain.ops.flex_window_attention import TILE
+from pretrain.ops.flex_with_bias import flex_with_bias
+from pretrain.ops.window_bias_gradient import Pairs
 
 
 def flex_symmetric_window_attention(
@@ -39,10 +41,6 @@ def flex_symmetric_window_attention(
             seen = seen & ~padding[b, key.clamp(max=given - 1)]
         return seen | (query == key)
 
-    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        assert bias is not None
-        return score + bias[h, (query - key).clamp(1 - w, w - 1) + w - 1]
-
     count, tiles = visited_tiles(length, w, q.device)
     mask = BlockMask(
         seq_lengths=(length, length),
@@ -57,11 +55,10 @@ def flex_symmetric_window_attention(
         BLOCK_SIZE=(TILE, TILE),
         mask_mod=visible,
     )
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    score_mod = None if bias is None else biased
-    options = kernel_options(q.shape[-1], biased=bias is not None)
-    y = flex_attention(q, k, v, score_mod, mask, scale, kernel_options=options)
-    return y.transpose(1, 2)[:, :given]
+    hidden = padding if padding is not None else q.new_zeros(q.shape[0], given, dtype=torch.bool)
+    marks = F.pad(hidden.int(), (0, length - given), value=1)
+    y = flex_with_bias(flex_attention, q, k, v, bias, mask, Pairs("symmetric", w), marks, scale)
+    return y[:, :given]
 
 
 def visited_tiles(length: int, window_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

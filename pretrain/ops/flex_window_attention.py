@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from pretrain.ops.flex_with_bias import flex_with_bias
+from pretrain.ops.window_bias_gradient import Pairs
 
 TILE = 128  # FlexAttention's granularity of sparsity, in queries and in keys
 
@@ -72,10 +75,6 @@ def flex_window_attention(
             seen = seen & (documents[b, query + cached] == documents[b, key])
         return seen
 
-    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        assert bias is not None
-        return score + bias[h, (query + cached - key).clamp(0, bias.shape[1] - 1)]
-
     rows, columns = visited_tiles(
         length, cached, block_size, reach, offset, whole=fresh is None, device=q.device
     )
@@ -92,29 +91,14 @@ def flex_window_attention(
         BLOCK_SIZE=(TILE, TILE),
         mask_mod=visible,
     )
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    score_mod = None if bias is None else biased
-    options = kernel_options(q.shape[-1], biased=bias is not None)
+    pairs = Pairs(reach, block_size, cached, offset)
+    arguments = q, k, v, bias, mask, pairs, documents, scale
     if torch.compiler.is_compiling():
-        y = flex_attention(q, k, v, score_mod, mask, scale, kernel_options=options)
+        y = flex_with_bias(flex_attention, *arguments)
     else:
         with torch._dynamo.config.patch(recompile_limit=KINDS_OF_CALLS):
-            y = _compiled_flex_attention(q, k, v, score_mod, mask, scale, kernel_options=options)
-    return y.transpose(1, 2)[:, :given]
-
-
-def kernel_options(width: int, *, biased: bool) -> FlexKernelOptions:
-    """Stages of FlexAttention's kernels that fit into the shared memory of an H100 and an A100.
-
-    By default they fetch three tiles ahead, and where scores are scaled each pair's bias, too. In
-    bf16 and with the tiles of torch 2.11 that asks for 246,784 bytes forward at 64 channels per
-    head, 233,472 backward at 128 and, bias or not, 263,168 at 256, where an H100 has 232,448.
-
-    Args:
-        width: K.
-        biased: with a bias.
-    """
-    return {"num_stages": 2} if biased or width > 128 else {}
+            y = flex_with_bias(_compiled_flex_attention, *arguments)
+    return y[:, :given]
 
 
 # An operator, so that the numbers are in memory when a mask asks for them. Otherwise inductor works

@@ -140,9 +140,13 @@ class _Toeplitz(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:
-        queries, keys = d.shape[1:]
-        # Lines that are one entry longer than the row move to their places, each one further than
-        # the one above it, when they are read as lines of its length.
-        longer = F.pad(d.flip(1), (0, ctx.length + 1 - keys)).flatten(1)
-        lines = longer[:, : queries * ctx.length].unflatten(1, (queries, ctx.length))
-        return lines.sum(1), None, None
+        return sums_of_diagonals(d, ctx.length), None, None
+
+
+def sums_of_diagonals(x: Tensor, length: int) -> Tensor:
+    """(..., I, J) -> (..., `length` >= I + J - 1): at p the sum of x[i, j], i - j = I - 1 - p."""
+    lines, columns = x.shape[-2:]
+    # Lines that are one entry longer than the result move to their places, each one further than
+    # the one above it, when they are read as lines of its length.
+    longer = F.pad(x.flip(-2), (0, length + 1 - columns)).flatten(-2)
+    return longer[..., : lines * length].unflatten(-1, (lines, length)).sum(-2)

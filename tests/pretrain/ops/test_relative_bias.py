@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from pretrain.ops.relative_bias import T5Bias, t5_buckets, toeplitz_bias
+from pretrain.ops.relative_bias import T5Bias, sums_of_diagonals, t5_buckets, toeplitz_bias
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -46,6 +46,18 @@ def test_a_matrix_and_its_gradient_are_those_of_reading_the_bias_entry_by_entry(
     torch.testing.assert_close(
         *(torch.autograd.grad(got, bias, x)[0] for x in (whole, whole * behind))
     )
+
+
+@pytest.mark.parametrize(("lines", "columns", "length"), [(3, 5, 7), (5, 3, 9), (1, 1, 1)])
+def test_diagonals_are_summed_from_the_lowest_line_on(
+    lines: int, columns: int, length: int
+) -> None:
+    x = torch.randn(2, lines, columns, dtype=torch.float64)
+    found = sums_of_diagonals(x, length)
+    assert found.shape == (2, length)
+    for place in range(length):
+        want = x.diagonal(place - (lines - 1), 1, 2).sum(1) if place < lines + columns - 1 else 0
+        assert (found[:, place] - want).abs().max() < 1e-12
 
 
 def test_inductor_compiles_a_matrix_of_biases_as_it_does_on_a_gpu() -> None:
