@@ -76,14 +76,10 @@ def _tile_sums(
     tiles = tl.cdiv(length, TILE)
     keys = cached + length
     back = (first_diagonal + diagonal) * TILE + line[:, None] - line[None, :]
-    if REACH == "window":
-        near = (back >= 0) & (back < block_size)
-    elif REACH == "symmetric":
-        near = (back > -block_size) & (back < block_size)
-    else:
-        near = back >= 0
     place = back - first_distance
-    near = near & (place >= 0) & (place < distances)
+    near = (place >= 0) & (place < distances)
+    if REACH == "window":
+        near = near & (back < block_size)
     added = tl.load(bias + head * distances + place, near, 0.0)
     q += head * q_h
     k += head * k_h
