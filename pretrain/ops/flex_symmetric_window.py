@@ -55,6 +55,7 @@ def flex_symmetric_window_attention(
         BLOCK_SIZE=(TILE, TILE),
         mask_mod=visible,
     )
+    # For the bias's gradient; without one no compiled code makes them.
     hidden = padding if padding is not None else q.new_zeros(q.shape[0], given, dtype=torch.bool)
     marks = F.pad(hidden.int(), (0, length - given), value=1)
     y = flex_with_bias(flex_attention, q, k, v, bias, mask, Pairs("symmetric", w), marks, scale)

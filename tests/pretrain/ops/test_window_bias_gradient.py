@@ -62,14 +62,14 @@ def symmetric(pads: bool, device: str, width: int = 24) -> Problem:
 
 def check(problem: Problem, dtype: torch.dtype) -> None:
     form, definition, leaves, options = problem
-    leaves = [leaf.to(dtype).float() for leaf in leaves]
+    leaves = [leaf.to(dtype).double() for leaf in leaves]
     results = []
     for function, kind in ((form, dtype), (definition, torch.float64)):
-        *qkv, bias = (leaf.to(kind).requires_grad_() for leaf in leaves)
-        wide = bias.detach().to(torch.promote_types(kind, torch.float32)).requires_grad_()
-        y = function(*qkv, bias=wide, **options)
+        kinds = [*[kind] * 3, torch.promote_types(kind, torch.float32)]  # a bias is in fp32
+        inputs = [leaf.to(k).requires_grad_() for leaf, k in zip(leaves, kinds, strict=True)]
+        y = function(*inputs[:3], bias=inputs[3], **options)
         d_y = randn(*y.shape, device=y.device.type).to(dtype).to(kind)
-        results.append([y, *torch.autograd.grad(y, [*qkv, wide], d_y)])
+        results.append([y, *torch.autograd.grad(y, inputs, d_y)])
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape
         assert (got.double() - want).norm() < BOUNDS[dtype] * want.norm()
