@@ -40,41 +40,44 @@ def flex_with_bias(
     Returns:
         (B, T, H, K).
     """
-    # A constant here: FlexAttention would give it a gradient by atomics.
-    added = None if bias is None else bias.detach()
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    # A constant here: FlexAttention would give it a gradient by atomics. Tensor cores start from
+    # it, in the registers of their results, if nothing comes between product and sum; with scores
+    # scaled before, it goes through shared memory.
+    added = None if bias is None else bias.detach() / factor
 
-    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def biased(product: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         assert added is not None
         place = query + pairs.cached - key - pairs.first_distance
-        return score + added[h, place.clamp(0, added.shape[1] - 1)]
+        return (product + added[h, place.clamp(0, added.shape[1] - 1)]) * factor
 
     owed = bias if bias is not None and bias.requires_grad and torch.is_grad_enabled() else None
     y, aux = attend(
         *(x.transpose(1, 2) for x in (q, k, v)),
         score_mod=None if bias is None else biased,
         block_mask=mask,
-        scale=scale,
-        kernel_options=kernel_options(q.shape[-1], biased=bias is not None),
+        scale=factor if bias is None else 1.0,
+        kernel_options=kernel_options(q, biased=bias is not None),
         return_aux=AuxRequest(lse=owed is not None),
     )
     y = y.transpose(1, 2)
     if owed is None:
         return y
-    return with_bias_gradient(y, owed, q, k, v, aux.lse, marks, pairs, scale)
+    return with_bias_gradient(y, owed, q, k, v, aux.lse, marks, pairs, factor)
 
 
-def kernel_options(width: int, *, biased: bool) -> dict[str, int]:
-    """Stages and warps of FlexAttention's kernels that fit into an H100 and an A100.
-
-    By default they fetch three tiles ahead, and where scores are scaled each pair's bias, too. In
-    bf16 and with the tiles of torch 2.11 that asks for 246,784 bytes of shared memory forward at 64
-    channels per head, 233,472 backward at 128 and, bias or not, 263,168 at 256, where an H100 has
-    232,448. With a bias, 4 warps have too few registers for a tile forward (64 channels).
+def kernel_options(q: Tensor, *, biased: bool) -> dict[str, int]:
+    """Stages, tiles and warps of FlexAttention's kernels where torch 2.11's do not do.
 
     Args:
-        width: K.
+        q: as in `flex_with_bias`.
         biased: with a bias.
     """
-    if biased:
-        return {"num_stages": 2, "fwd_num_warps": 8}
-    return {"num_stages": 2} if width > 128 else {}
+    options = {}
+    if q.shape[-1] > 128:
+        # Three tiles ahead are 263,168 bytes of shared memory in bf16; an H100 has 232,448.
+        options["num_stages"] = 2
+    if biased and q.element_size() == 2:
+        # Its own tiles, 128 x 128 of 64 channels, leave 4 warps too few registers for a bias.
+        options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_warps": 4}
+    return options

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from pretrain.ops.channel_rows import channel_rows, tokens_of_rows
 from pretrain.ops.chunks import chunk_runs, kept_states
 from pretrain.ops.lti_ssm import toeplitz
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -84,8 +85,8 @@ def nplr_ssm(
             y, s = _chunks(u[:, start:stop], operators, s, keep, size)
             outputs.append(y)
         assert s is not None
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    return y.permute(1, 2, 0), s.transpose(0, 1).unflatten(-1, (2, -1))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return y, s.transpose(0, 1).unflatten(-1, (2, -1))
 
 
 class _ChunkOperators(NamedTuple):
@@ -167,20 +168,20 @@ def transition_flops(n_modes: int, size: int) -> float:
 def _chunks(
     u: Tensor, operators: _ChunkOperators, s: Tensor | None, keep: Tensor | None, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Whole chunks of `size` tokens. u (B, chunks * size, D), s (D, B, 2N) -> y (D, B, T), s."""
-    batch, length, channels = u.shape
+    """Whole chunks of `size` tokens. u (B, T = chunks * size, D), s (D, B, 2N) -> y like u, s."""
+    batch, _, channels = u.shape
     states, wide = operators.carry_out.shape[-1], operators.taps.dtype
-    x = u.permute(2, 0, 1).reshape(channels, -1, size)
+    x = channel_rows(u, size)
     carry_in = operators.carry_in[..., :size].flip(-1).transpose(1, 2)
     local = torch.bmm(x, carry_in.to(x.dtype)).to(wide)
-    local = local.view(channels, batch, length // size, states)
+    local = local.unflatten(1, (batch, -1))
     if s is None:
         s = local.new_zeros(channels, batch, states)
     before, s = _dense_scan(local, operators.transition(size), s.to(wide), keep)
     y = torch.bmm(x, toeplitz(operators.taps[:, :size]).to(x.dtype))
-    before = before.view(channels, -1, states).to(x.dtype)
-    y = torch.baddbmm(y, before, operators.carry_out[:, :size].transpose(1, 2).to(x.dtype))
-    return y.view(channels, batch, length), s
+    carry_out = operators.carry_out[:, :size].transpose(1, 2).to(x.dtype)
+    y = torch.baddbmm(y, before.flatten(1, 2).to(x.dtype), carry_out)
+    return tokens_of_rows(y, batch), s
 
 
 @torch.library.custom_op("longspan::dense_scan", mutates_args=())

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pretrain.ops.window_bias_gradient import Pairs
 
-PROGRAMS = 2048  # enough to occupy a GPU evenly; each writes one tile
+PROGRAMS = 1024  # enough to occupy a GPU evenly; each writes one tile
 STAGED = 160 * 1024  # bytes of shared memory for what is fetched ahead: an A100 has 163 KiB
 
 
 def tile_size(q: Tensor) -> int:
-    """Queries and keys of a tile: what 8 warps hold in registers (sm_90; fp32 has no tensor cores
+    """Queries and keys of a tile: what its warps hold in registers (sm_90; fp32 has no tensor cores
     of its precision)."""
     if q.element_size() == 2:
         return 64
@@ -202,7 +202,7 @@ def tiles_of_gradients(
             WIDTH=width,
             LANES=lanes,
             TILE=tile,
-            num_warps=8,
+            num_warps=4 if lanes <= 64 else 8,
             num_stages=max(1, min(3, STAGED // stage)),
         )
     return sums.sum(0)
