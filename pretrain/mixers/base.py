@@ -179,7 +179,8 @@ class TokenMixer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
     def init_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> Any:
-        """The state before the first token; constant size, except full attention's cache."""
+        """The state before the first token. On the grid later ones have its sizes, but for those
+        that are 0 here and grow, as full attention's cache does."""
         raise TypeError(f"{type(self).__name__} does not define init_state")
 
     def flops_per_token(self, context: int) -> float:

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,8 @@ def _plan(config: RunConfig, model: nn.Module, world: World, tokenizer: str) -> 
             f"data.path={config.data.path}: its tokenizer ({tokenizer}) is not the one that {path} "
             f"was trained with ({training['tokenizer']}); use the run's own corpus, or a new name="
         )
-    if config.train.carry_state and not any(path.glob("carried_*.pt")):
-        raise ValueError(
-            f"train.carry_state=true: {path} holds no carried states; continue with "
-            f"train.carry_state=false, or a new name="
-        )
+    if config.train.carry_state:
+        _check_carried(path, model)
     convert = universal.needs_conversion(
         training,
         world_size=world.size,
@@ -181,6 +179,37 @@ def _check_model(path: Path, saved: dict[str, list[int]], ours: dict[str, list[i
             f"{ours.get(name, 'absent')} in this configuration{rest}; use the configuration beside "
             f"it (config.yaml), or leave it out: another name= for a new run, no train.init_from="
         )
+
+
+def _check_carried(path: Path, model: nn.Module) -> None:
+    """That there are states, and this model's."""
+    first = min(path.glob("carried_*.pt"), default=None)
+    if first is None:
+        raise ValueError(
+            f"train.carry_state=true: {path} holds no carried states; continue with "
+            f"train.carry_state=false, or a new name="
+        )
+    state = model.init_state(1, device=torch.device("cpu"), dtype=torch.float32)  # type: ignore[operator]
+    ours: list[Tensor] = []
+    map_state(ours.append, state)
+    saved = torch.load(first, map_location="meta", weights_only=True)
+    if not saved:  # the step before it was skipped
+        return
+    shapes = ([tuple(tensor.shape[1:]) for tensor in tensors] for tensors in (saved, ours))
+    for there, here in zip_longest(*shapes):
+        if there is None or here is None or not _comes_from(there, here):
+            raise ValueError(
+                f"train.carry_state=true: {path} carries states of another model, {there} per "
+                f"sequence there and {here} in this configuration; use the configuration beside it "
+                f"(config.yaml), continue with train.carry_state=false, or use a new name="
+            )
+
+
+def _comes_from(shape: tuple[int, ...], initial: tuple[int, ...]) -> bool:
+    """Sizes of 0 grow with the tokens that were read."""
+    return len(shape) == len(initial) and all(
+        ours in (0, size) for size, ours in zip(shape, initial, strict=True)
+    )
 
 
 def restore(

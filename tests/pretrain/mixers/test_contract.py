@@ -209,6 +209,20 @@ def test_the_future_changes_no_bit_of_the_past(
 
 
 @every_row
+@pytest.mark.parametrize("edges", [1, 2])
+def test_on_the_grid_a_state_has_its_first_sizes_but_where_it_was_empty(
+    name: str, variant: str, edges: int
+) -> None:
+    """By which a run that continues knows the states that it finds for its model's."""
+    mixer = build(name, variant)
+    first = mixer.init_state(BATCH, device=torch.device("cpu"), dtype=torch.float64)
+    state = mixer(inputs(edges * mixer.reset_grid)).state
+    for now, before in zip(flat(state), flat(first), strict=True):
+        assert now.dim() == before.dim()
+        assert all(size in (0, n) for n, size in zip(now.shape, before.shape, strict=True))
+
+
+@every_row
 @pytest.mark.parametrize("dtype", SAME, ids=str)
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
 def test_any_split_gives_the_same_outputs_gradients_and_state(

@@ -10,6 +10,7 @@ import torch
 from pretrain.config import RunConfig
 from pretrain.training import checkpoint, universal
 from pretrain.training.checkpoint import (
+    _check_carried,
     _check_model,
     load_carried,
     start_with,
@@ -99,6 +100,25 @@ def test_carried_states_follow_their_lanes_to_any_rank_and_slot(
         for slot in slots:
             assert torch.equal(slot.hidden, hidden[slot.position])
     assert torch.equal(torch.cat(found), position)
+
+
+def test_carried_states_of_another_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no carried states"):
+        _check_carried(tmp_path, TinyLM())
+    ours = [torch.zeros(2, WIDTH), torch.zeros(2), torch.zeros(2, 3, 0)]  # the last one has grown
+    found = tmp_path / "carried_00000_00002.pt"
+    for fine in (ours, []):  # nothing, behind a step that was skipped
+        torch.save(fine, found)
+        _check_carried(tmp_path, TinyLM())
+    for tensors, told in (
+        ([torch.zeros(2, WIDTH + 1), *ours[1:]], r"\(9,\) per sequence there and \(8,\) in this"),
+        ([torch.zeros(2, 1, WIDTH), *ours[1:]], r"\(1, 8\) per sequence there and \(8,\) in this"),
+        (ours[:2], r"None per sequence there and \(0, 0\) in this"),
+        ([*ours, ours[1]], r"\(\) per sequence there and None in this"),
+    ):
+        torch.save(tensors, found)
+        with pytest.raises(ValueError, match=f"carries states of another model, {told}"):
+            _check_carried(tmp_path, TinyLM())
 
 
 def test_load_model_says_what_is_wrong(tmp_path: Path) -> None:
