@@ -11,12 +11,13 @@ conjugates. At MEGA's initialisation q is near 3/4, a memory of four tokens; the
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pretrain.ops.channel_rows import channel_rows, tokens_of_rows
+from pretrain.ops.chunk_scan import chunk_scan
 from pretrain.ops.chunks import chunk_runs, kept_states
 from pretrain.ops.lti_ssm import toeplitz
 from pretrain.ops.numerics import no_autocast, wide_dtype
@@ -77,7 +78,7 @@ def damped_ema(
             x = channel_rows(u[:, start:stop], size)
             local = torch.bmm(x, powers[:, :size].flip(1).to(x.dtype)).to(log_q.dtype)
             local = local.unflatten(1, (u.shape[0], -1))
-            before, s = ema_scan(local, powers[:, size], s, keep)
+            before, s = chunk_scan(local, powers[:, size], s, keep)
             y = torch.bmm(x, toeplitz(taps[:, :size]).to(x.dtype))
             carried = read[:, 1 : size + 1].transpose(1, 2).to(x.dtype)
             y = torch.baddbmm(y, before.flatten(1, 2).to(x.dtype), carried)
@@ -116,65 +117,3 @@ def coefficients(p: EMAParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     log_q = torch.log1p(-(rate * p.alpha.to(dtype).sigmoid()).clamp(max=FASTEST_DECAY))
     weight = rate * p.beta.to(dtype) * p.gamma.to(dtype) / math.sqrt(p.delta.shape[1])
     return log_q, weight, p.omega.to(dtype)
-
-
-@torch.library.custom_op("longspan::ema_scan", mutates_args=())
-def ema_scan(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """before_{j+1} = decay before_j + local_j over chunks.
-
-    An operator of its own, because a compiler would unroll the loop.
-
-    Args:
-        local: (D, B, J, N), what each of J chunks adds.
-        decay: (D, N).
-        s: (D, B, N), the state before the first chunk.
-        keep: (B, J) bool, False where the state is zeroed before a chunk.
-
-    Returns:
-        The states before each chunk, like `local`, and the last one, like `s`.
-    """
-    before, a, now = torch.empty_like(local), decay.unsqueeze(1), s.contiguous()
-    for j in range(local.shape[2]):
-        if keep is not None:
-            now = now * keep[:, j, None]
-        before[:, :, j] = now
-        now = torch.addcmul(local[:, :, j], a, now)
-    return before, now.contiguous()
-
-
-@torch.library.custom_op("longspan::ema_scan_backward", mutates_args=())
-def _ema_scan_backward(
-    d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan from the right: gradients of local, decay and s."""
-    d_local, a, now = torch.empty_like(before), decay.unsqueeze(1), d_s.contiguous()
-    for j in reversed(range(before.shape[2])):
-        d_local[:, :, j] = now
-        now = torch.addcmul(d_before[:, :, j], a, now)
-        if keep is not None:
-            now = now * keep[:, j, None]
-    return d_local, (before * d_local).sum((1, 2)), now
-
-
-@ema_scan.register_fake
-def _(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(local), s.new_empty(s.shape)
-
-
-@_ema_scan_backward.register_fake
-def _(
-    d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(before), decay.new_empty(decay.shape), d_s.new_empty(d_s.shape)
-
-
-def _save_for_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[0], inputs[1], inputs[3])
-
-
-def _backward_of_scan(ctx: Any, d_before: Tensor, d_s: Tensor) -> tuple[Tensor | None, ...]:
-    before, decay, keep = ctx.saved_tensors
-    return *_ema_scan_backward(d_before, d_s, before, decay, keep), None
-
-
-ema_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)

@@ -10,10 +10,10 @@ Shapes: B batch, T time, D channels, N complex modes, F read-outs, E block ends 
 import torch
 from torch import Tensor
 
+from pretrain.ops.chunk_scan import chunk_scan
 from pretrain.ops.chunks import kept_states
 from pretrain.ops.lti_ssm import (
     SSMParameters,
-    chunk_scan,
     discretise,
     lti_ssm_naive,
     mode_powers,

@@ -16,7 +16,7 @@ GEMM operands have the dtype of `u`.
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -183,78 +183,6 @@ def _formed_by_kernel(p: SSMParameters, largest: int, dtype: torch.dtype) -> Chu
         return ssm_chunks_of_modes(u, *modes, s, keep, size)[:2]
 
     return run
-
-
-@torch.library.custom_op("longspan::chunk_scan", mutates_args=())
-def chunk_scan(
-    local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """before_{j+1} = decay before_j + local_j over chunks; complex numbers as trailing pairs.
-
-    An operator of its own, because inductor generates no code for complex numbers and would unroll
-    the loop.
-
-    Args:
-        local: (D, B, J, N, 2), what each of J chunks adds.
-        decay: (D, N, 2).
-        s: (D, B, N, 2), the state before the first chunk.
-        keep: (B, J) bool, False where the state is zeroed before a chunk.
-
-    Returns:
-        The states before each chunk, like `local`, and the last one, like `s`.
-    """
-    x, a = torch.view_as_complex(local), torch.view_as_complex(decay).unsqueeze(1)
-    now = torch.view_as_complex(s.contiguous())
-    before = torch.empty_like(x)
-    for j in range(x.shape[2]):
-        if keep is not None:
-            now = now * keep[:, j, None]
-        before[:, :, j] = now
-        now = torch.addcmul(x[:, :, j], a, now)
-    return torch.view_as_real(before), torch.view_as_real(now)
-
-
-@torch.library.custom_op("longspan::chunk_scan_backward", mutates_args=())
-def _chunk_scan_backward(
-    d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan from the right with the conjugate decay: gradients of local, decay and s."""
-    d = torch.view_as_complex(d_before.contiguous())
-    a = torch.view_as_complex(decay).conj().resolve_conj().unsqueeze(1)
-    now = torch.view_as_complex(d_s.contiguous())
-    d_local = torch.empty_like(d)
-    for j in reversed(range(d.shape[2])):
-        d_local[:, :, j] = now
-        now = torch.addcmul(d[:, :, j], a, now)
-        if keep is not None:
-            now = now * keep[:, j, None]
-    d_decay = (torch.view_as_complex(before).conj() * d_local).sum((1, 2))
-    return torch.view_as_real(d_local), torch.view_as_real(d_decay), torch.view_as_real(now)
-
-
-@chunk_scan.register_fake
-def _(local: Tensor, decay: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(local), s.new_empty(s.shape)
-
-
-@_chunk_scan_backward.register_fake
-def _(
-    d_before: Tensor, d_s: Tensor, before: Tensor, decay: Tensor, keep: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_local = d_before.new_empty(d_before.shape)
-    return d_local, decay.new_empty(decay.shape), d_s.new_empty(d_s.shape)
-
-
-def _save_for_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[0], inputs[1], inputs[3])
-
-
-def _backward_of_scan(ctx: Any, d_before: Tensor, d_s: Tensor) -> tuple[Tensor | None, ...]:
-    before, decay, keep = ctx.saved_tensors
-    return *_chunk_scan_backward(d_before, d_s, before, decay, keep), None
-
-
-chunk_scan.register_autograd(_backward_of_scan, setup_context=_save_for_scan)
 
 
 def lti_ssm_naive(

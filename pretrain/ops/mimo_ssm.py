@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.ops.chunk_scan import chunk_scan
 from pretrain.ops.chunks import chunk_runs, kept_states
-from pretrain.ops.lti_ssm import SSMParameters, chunk_scan, discretise, mode_powers, toeplitz
+from pretrain.ops.lti_ssm import SSMParameters, discretise, mode_powers, toeplitz
 from pretrain.ops.numerics import no_autocast, wide_dtype
 
 

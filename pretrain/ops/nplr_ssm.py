@@ -92,7 +92,7 @@ def nplr_ssm(
 class _ChunkOperators(NamedTuple):
     """For chunks of up to C tokens, all in at least fp32.
 
-    taps (D, C): the convolution kernel. carry_in (D, 2N, C): dA^t dB. carry_out (D, C, 2N): what a
+    taps (D, C): the convolution kernel. carry_in (D, 2N, C): dA^t dB. carry_out (D, 2N, C): what a
     state before the chunk adds to its outputs, c dA^(t+1). squares: dA^(2^i), (D, 2N, 2N) each.
     """
 
@@ -140,24 +140,29 @@ def discretise(p: NPLRParameters, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 def _chunk_operators(p: NPLRParameters, size: int, dtype: torch.dtype) -> _ChunkOperators:
     step, b, c = discretise(p, dtype)
-    squares, carry_in = [step], b.unsqueeze(-1)
-    carry_out = c.unsqueeze(1) @ step
-    while carry_in.shape[-1] < size:  # [dB .. dA^(k-1) dB] and its product with dA^k
-        carry_in = torch.cat([carry_in, squares[-1] @ carry_in], -1)
-        carry_out = torch.cat([carry_out, carry_out @ squares[-1]], 1)
-        squares.append(squares[-1] @ squares[-1])
+    states = b.shape[1]
+    # [dA^k | b, dA b, .. dA^(k-1) b]: one product squares the power and doubles the columns.
+    known, carry_out = torch.cat([step, b.unsqueeze(-1)], -1), c.unsqueeze(1) @ step
+    squares = [step]
+    while carry_out.shape[1] < size:
+        power, carry_in = known.split([states, carry_out.shape[1]], -1)
+        ahead = power @ known
+        known = torch.cat([ahead[..., :states], carry_in, ahead[..., states:]], -1)
+        carry_out = torch.cat([carry_out, carry_out @ power], 1)
+        squares.append(known[..., :states])
+    carry_in, carry_out = known[..., states : states + size], carry_out[:, :size].mT
     taps = (c.unsqueeze(1) @ carry_in).squeeze(1)
     taps = torch.cat([taps[:, :1] + p.D.to(dtype).unsqueeze(-1), taps[:, 1:]], 1)
-    return _ChunkOperators(taps[:, :size], carry_in[..., :size], carry_out[:, :size], squares)
+    return _ChunkOperators(taps, carry_in, carry_out, squares)
 
 
 def operator_flops(n_modes: int, size: int) -> float:
     """Of the matmuls that make the operators of one channel, once per call."""
     states, flops, made = 2 * n_modes, 2.0 * (2 * n_modes) ** 2, 1
     while made < size:
-        flops += 2 * 2 * made * states**2 + 2 * states**3
+        flops += 2 * (2 * made + states) * states**2
         made *= 2
-    return flops + 2 * states * made
+    return flops + 2 * states * size
 
 
 def transition_flops(n_modes: int, size: int) -> float:
@@ -170,7 +175,7 @@ def _chunks(
 ) -> tuple[Tensor, Tensor]:
     """Whole chunks of `size` tokens. u (B, T = chunks * size, D), s (D, B, 2N) -> y like u, s."""
     batch, _, channels = u.shape
-    states, wide = operators.carry_out.shape[-1], operators.taps.dtype
+    states, wide = operators.carry_out.shape[1], operators.taps.dtype
     x = channel_rows(u, size)
     carry_in = operators.carry_in[..., :size].flip(-1).transpose(1, 2)
     local = torch.bmm(x, carry_in.to(x.dtype)).to(wide)
@@ -179,7 +184,7 @@ def _chunks(
         s = local.new_zeros(channels, batch, states)
     before, s = _dense_scan(local, operators.transition(size), s.to(wide), keep)
     y = torch.bmm(x, toeplitz(operators.taps[:, :size]).to(x.dtype))
-    carry_out = operators.carry_out[:, :size].transpose(1, 2).to(x.dtype)
+    carry_out = operators.carry_out[..., :size].to(x.dtype)
     y = torch.baddbmm(y, before.flatten(1, 2).to(x.dtype), carry_out)
     return tokens_of_rows(y, batch), s
 
@@ -201,13 +206,7 @@ def _dense_scan(
     Returns:
         The states before each chunk, like `local`, and the last one, like `s`.
     """
-    before, transposed, now = torch.empty_like(local), matrix.transpose(1, 2), s
-    for j in range(local.shape[2]):
-        if keep is not None:
-            now = now * keep[:, j, None]
-        before[:, :, j] = now
-        now = torch.baddbmm(local[:, :, j], now, transposed)
-    return before, now
+    return _scan(local, matrix, s, keep, reverse=False)
 
 
 @torch.library.custom_op("longspan::dense_scan_backward", mutates_args=())
@@ -215,26 +214,48 @@ def _dense_scan_backward(
     d_before: Tensor, d_s: Tensor, before: Tensor, matrix: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scan from the right with the transposed matrix: gradients of local, matrix and s."""
-    d_local, now = torch.empty_like(before), d_s
-    for j in reversed(range(before.shape[2])):
-        d_local[:, :, j] = now
-        now = torch.baddbmm(d_before[:, :, j], now, matrix)
-        if keep is not None:
-            now = now * keep[:, j, None]
+    d_local, d_start = _scan(d_before, matrix, d_s, keep, reverse=True)
     d_matrix = torch.bmm(d_local.flatten(1, 2).transpose(1, 2), before.flatten(1, 2))
-    return d_local, d_matrix, now
+    return d_local, d_matrix, d_start
+
+
+def _scan(
+    local: Tensor, matrix: Tensor, s: Tensor, keep: Tensor | None, *, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """As `pretrain.ops.chunk_scan.scan_into`, with matrices; returns `before`, too."""
+    before = local.new_empty(local.shape)
+    if local.is_cuda and local.dtype == torch.float32:
+        from pretrain.ops import dense_scan_kernel
+
+        if local.shape[-1] <= dense_scan_kernel.WIDEST:
+            with torch.cuda.device_of(local):
+                last = dense_scan_kernel.scan_into(local, matrix, s, keep, before, reverse=reverse)
+            return before, last
+    factor, now, chunks = matrix.transpose(1, 2), s, range(local.shape[2])
+    if reverse:
+        factor, chunks = matrix, chunks[::-1]
+    for j in chunks:
+        kept = 1 if keep is None else keep[:, j, None]
+        if reverse:
+            before[:, :, j] = now
+            now = torch.baddbmm(local[:, :, j], now, factor) * kept
+        else:
+            before[:, :, j] = now = now * kept
+            now = torch.baddbmm(local[:, :, j], now, factor)
+    return before, now
 
 
 @_dense_scan.register_fake
 def _(local: Tensor, matrix: Tensor, s: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(local), s.new_empty(s.shape)
+    return local.new_empty(local.shape), s.new_empty(s.shape)
 
 
 @_dense_scan_backward.register_fake
 def _(
     d_before: Tensor, d_s: Tensor, before: Tensor, matrix: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(before), matrix.new_empty(matrix.shape), d_s.new_empty(d_s.shape)
+    d_local = d_before.new_empty(d_before.shape)
+    return d_local, matrix.new_empty(matrix.shape), d_s.new_empty(d_s.shape)
 
 
 def _save_for_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

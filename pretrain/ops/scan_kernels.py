@@ -1,6 +1,6 @@
-"""Triton kernels of `ssm_chunks`: the scan over chunks, and the transposing copy in front of it.
+"""Triton kernels: the scan over chunks of `chunk_scan`, and a transposing copy of tokens.
 
-Shapes: B batch, D channels, J chunks of C tokens, N complex modes as trailing (re, im) pairs.
+Shapes: B batch, D channels, J chunks of C tokens, N modes; complex ones are (re, im) pairs.
 
 A lane of the scan is one mode of one sequence and channel: a multiply and an add per chunk, each
 waiting for the one before. What costs is the latency of loads, which wait for nothing. Compilers do
@@ -19,14 +19,23 @@ TILE = 64
 
 
 @triton.jit
-def _load_pairs(at, mask):
-    return tl.split(tl.load(at[:, None] + tl.arange(0, 2)[None, :], mask[:, None], 0.0))
+def _load(at, mask, WORDS: tl.constexpr):
+    """Numbers as two words, (re, im), or as one."""
+    if WORDS == 2:
+        re, im = tl.split(tl.load(at[:, None] + tl.arange(0, 2)[None, :], mask[:, None], 0.0))
+    else:
+        re = tl.load(at, mask, 0.0)
+        im = tl.zeros_like(re)
+    return re, im
 
 
 @triton.jit
-def _store_pairs(at, re, im, mask):
-    pairs = tl.join(re, im).to(at.dtype.element_ty)
-    tl.store(at[:, None] + tl.arange(0, 2)[None, :], pairs, mask[:, None])
+def _store(at, re, im, mask, WORDS: tl.constexpr):
+    if WORDS == 2:
+        pairs = tl.join(re, im).to(at.dtype.element_ty)
+        tl.store(at[:, None] + tl.arange(0, 2)[None, :], pairs, mask[:, None])
+    else:
+        tl.store(at, re.to(at.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["batch", "chunks", "lanes"])
@@ -44,6 +53,7 @@ def _scan(
     before_channel,
     before_row,
     lanes,
+    WORDS: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     LANES: tl.constexpr,
@@ -52,19 +62,19 @@ def _scan(
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live = lane < lanes
     d, b, n = lane // (batch * modes), lane // modes % batch, lane % modes
-    a_re, a_im = _load_pairs(decay + (d * modes + n) * 2, live)
+    a_re, a_im = _load(decay + (d * modes + n) * WORDS, live, WORDS)
     if REVERSE:
         a_im = -a_im
-    s_re, s_im = _load_pairs(start + lane.to(tl.int64) * 2, live)
+    s_re, s_im = _load(start + lane.to(tl.int64) * WORDS, live, WORDS)
     d, row = d.to(tl.int64), b.to(tl.int64) * chunks
-    source = local + (d * batch * chunks + row) * local_row + n * 2
-    target = before + d * before_channel + row * before_row + n * 2
+    source = local + (d * batch * chunks + row) * local_row + n * WORDS
+    target = before + d * before_channel + row * before_row + n * WORDS
     for first in range(0, chunks, STEPS):
         x = ()
         for step in tl.static_range(STEPS):
             j = chunks - 1 - first - step if REVERSE else first + step
             here = live & (first + step < chunks)
-            x_re, x_im = _load_pairs(source + j * local_row, here)
+            x_re, x_im = _load(source + j * local_row, here, WORDS)
             kept = 1.0
             if HAS_KEEP:
                 kept = tl.load(keep + row + j, here, 1).to(s_re.dtype)
@@ -75,13 +85,13 @@ def _scan(
             x_re, x_im, kept = x[step]
             if not REVERSE:
                 s_re, s_im = s_re * kept, s_im * kept
-            _store_pairs(target + j * before_row, s_re, s_im, here)
+            _store(target + j * before_row, s_re, s_im, here, WORDS)
             next_re = a_re * s_re - a_im * s_im + x_re
             next_im = a_re * s_im + a_im * s_re + x_im
             if REVERSE:
                 next_re, next_im = next_re * kept, next_im * kept
             s_re, s_im = tl.where(here, next_re, s_re), tl.where(here, next_im, s_im)
-    _store_pairs(last + lane.to(tl.int64) * 2, s_re, s_im, live)
+    _store(last + lane.to(tl.int64) * WORDS, s_re, s_im, live, WORDS)
 
 
 @triton.jit
@@ -120,23 +130,11 @@ def scan_chunks(
     *,
     reverse: bool = False,
 ) -> Tensor:
-    """s_{j+1} = decay keep_j s_j + local_j; keep_j s_j is written into `before`.
-
-    Args:
-        local: (D, B * J, 2N), contiguous; at least fp32.
-        decay: (D, N, 2).
-        s: (D, B, N, 2), the state before the first chunk.
-        keep: (B, J) bool, False where the state is zeroed before a chunk; None: nowhere.
-        before: like `local` in any floating dtype, innermost contiguous; filled here.
-        reverse: the adjoint, from gradients of `before` and of the last state to those of `local`:
-            g_j = keep_j (conj(decay) g_{j+1} + local_j) with g_J = s; g_{j+1} is written.
-
-    Returns:
-        The state after the last chunk, like `s`; g_0 in reverse.
-    """
+    """`pretrain.ops.chunk_scan.scan_into` by a kernel; same arguments, and returns the same."""
     last = torch.empty_like(s, memory_format=torch.contiguous_format)
     batch, modes = s.shape[1:3]
-    chunks, lanes = local.shape[1] // batch, s.numel() // 2
+    words = 2 if s.dim() == 4 else 1
+    chunks, lanes = local.shape[1] // batch, s.numel() // words
     _scan[(triton.cdiv(lanes, LANES),)](
         local,
         decay.contiguous(),
@@ -151,6 +149,7 @@ def scan_chunks(
         before.stride(0),
         before.stride(1),
         lanes,
+        WORDS=words,
         REVERSE=reverse,
         HAS_KEEP=keep is not None,
         LANES=LANES,

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pretrain.ops.channel_rows import transpose_rows
+from pretrain.ops.chunk_scan import scan_into
 
 
 @torch.library.custom_op("longspan::ssm_chunks", mutates_args=())
@@ -125,7 +126,7 @@ def _forward(
     x, before = rows.split([size, width], 2)
     transpose_rows(u, x)
     local = _wide_product(x, matrix[:, :size, size:], s.dtype)
-    last = _scan(local, chunk_decay, s, keep, before)
+    last = scan_into(local, chunk_decay, s, keep, before)
     y = torch.bmm(rows, matrix[:, :, :size])
     return y.view(channels, batch, length), last, rows
 
@@ -144,7 +145,7 @@ def _backward(
     d_out, d_local = d_rows.split([size, width], 2)
     transpose_rows(d_y.permute(1, 2, 0), d_out)
     d_before = _wide_product(d_out, matrix[:, size:, :size].mT, d_s.dtype)
-    d_start = _scan(d_before, chunk_decay, d_s, keep, d_local, reverse=True)
+    d_start = scan_into(d_before, chunk_decay, d_s, keep, d_local, reverse=True)
     d_u = torch.bmm(d_rows, matrix[:, :size].mT).view(d_y.shape)
     return d_u, _wide_product(rows.mT, d_rows, d_s.dtype), d_start
 
@@ -161,38 +162,6 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype != dtype and a.device.type == "cuda":
         return torch.bmm(a, b, out_dtype=dtype)
     return torch.bmm(a, b).to(dtype)
-
-
-def _scan(
-    local: Tensor,
-    decay: Tensor,
-    s: Tensor,
-    keep: Tensor | None,
-    before: Tensor,
-    *,
-    reverse: bool = False,
-) -> Tensor:
-    """See `scan_kernels.scan_chunks`."""
-    if local.device.type == "cuda":
-        from pretrain.ops.scan_kernels import scan_chunks
-
-        return scan_chunks(local, decay, s, keep, before, reverse=reverse)
-    batch, modes = s.shape[1:3]
-    x = torch.view_as_complex(local.unflatten(1, (batch, -1)).unflatten(-1, (modes, 2)))
-    states, a = torch.empty_like(x), torch.view_as_complex(decay).unsqueeze(1)
-    now, chunks = torch.view_as_complex(s.contiguous()), range(x.shape[2])
-    if reverse:
-        a, chunks = a.conj().resolve_conj(), chunks[::-1]
-    for j in chunks:
-        kept = 1 if keep is None else keep[:, j, None]
-        if reverse:
-            states[:, :, j] = now
-            now = torch.addcmul(x[:, :, j], a, now) * kept
-        else:
-            states[:, :, j] = now = now * kept
-            now = torch.addcmul(x[:, :, j], a, now)
-    before.copy_(torch.view_as_real(states).flatten(1, 2).flatten(2))
-    return torch.view_as_real(now)
 
 
 @ssm_chunks.register_fake

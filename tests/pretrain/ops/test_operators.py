@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from pretrain.ops.channel_rows import channel_rows, tokens_of_rows
-from pretrain.ops.damped_ema import ema_scan
+from pretrain.ops.chunk_scan import chunk_scan
 from pretrain.ops.flex_window_attention import document_numbers
-from pretrain.ops.lti_ssm import chunk_scan
 from pretrain.ops.normalization import rotary_table
 from pretrain.ops.nplr_ssm import _dense_scan
 from pretrain.ops.ssd import ssd_scan
@@ -25,7 +24,7 @@ def cases() -> dict[str, tuple]:
     state = leaf(B, D, N).transpose(0, 1)  # mixers hand it over batch first
     return {
         "chunk_scan": (chunk_scan, leaf(D, B, J, N, 2), leaf(D, N, 2), leaf(D, B, N, 2)),
-        "ema_scan": (ema_scan, leaf(D, B, J, N), leaf(D, N), state),
+        "chunk_scan, real": (chunk_scan, leaf(D, B, J, N), leaf(D, N), state),
         "dense_scan": (_dense_scan, leaf(D, B, J, N), leaf(D, N, N), leaf(D, B, N)),
         "ssm_chunks": (
             ssm_chunks,

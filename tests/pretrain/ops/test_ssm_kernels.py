@@ -1,4 +1,4 @@
-"""On a GPU the state-space op runs kernels of its own between its products."""
+"""On a GPU state-space ops run kernels of their own between their products."""
 
 import pytest
 import torch
@@ -6,7 +6,9 @@ from torch import Tensor
 
 from pretrain.mixers.s4d import S4D
 from pretrain.models.block import Block
+from pretrain.ops.chunk_scan import chunk_scan
 from pretrain.ops.lti_ssm import SSMParameters, lti_ssm
+from pretrain.ops.nplr_ssm import _dense_scan
 from tests.pretrain.ops.test_ssd import check_compiled
 
 D, B = 24, 3
@@ -91,3 +93,32 @@ def test_a_compiled_block_computes_the_same() -> None:
         return out.stream, out.state.ssm
 
     check_compiled(form, "inductor", [x], 2e-2, list(block.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("kind", ["real", "complex", "matrix"])
+@pytest.mark.parametrize(("chunks", "width"), [(1, 16), (37, 32), (32, 64), (5, 3)])
+def test_scans_equal_their_loops_in_fp64(
+    chunks: int, width: int, kind: str, documents: bool
+) -> None:
+    torch.manual_seed(0)
+    pair = (2,) if kind == "complex" else ()
+    if kind == "matrix":
+        operator, decay = _dense_scan, torch.randn(D, width, width) / width**0.5 / 2
+    else:
+        operator, decay = chunk_scan, 1.4 * torch.rand(D, width, *pair) - 0.7
+    leaves = [torch.randn(D, B, chunks, width, *pair), decay, torch.randn(D, B, width, *pair)]
+    keep = torch.rand(B, chunks) > 0.4 if documents else None
+    above = [torch.randn_like(leaves[0]), torch.randn_like(leaves[2])]
+
+    def evaluate(device: str, dtype: torch.dtype) -> list[Tensor]:
+        own = [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
+        outputs = operator(*own, None if keep is None else keep.to(device))
+        gradients = torch.autograd.grad(outputs, own, [g.to(device, dtype) for g in above])
+        return [x.detach().double().cpu() for x in (*outputs, *gradients)]
+
+    got, want = evaluate("cuda", torch.float32), evaluate("cpu", torch.float64)
+    pairs = zip(got, want, strict=True)
+    errors = [((a - b).norm() / b.norm().clamp(min=1e-3)).item() for a, b in pairs]
+    assert all(error <= 1e-5 for error in errors), errors  # NaN fails

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.ops.ssm_chunks import _scan
+from pretrain.ops.chunk_scan import scan_into
+from pretrain.ops.nplr_ssm import _scan as dense_scan
 
 pytestmark = pytest.mark.triton
 
@@ -34,6 +35,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], bound: float) 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("paired", [False, True], ids=["real", "complex"])
 @pytest.mark.parametrize(
     ("batch", "chunks", "modes"), [(3, 7, 16), (1, 35, 3), (3, 1, 1), (2, 3, 64)]
 )
@@ -41,6 +43,7 @@ def test_the_scan_and_its_adjoint(
     batch: int,
     chunks: int,
     modes: int,
+    paired: bool,
     flags: bool,
     reverse: bool,
     dtype: torch.dtype,
@@ -50,19 +53,40 @@ def test_the_scan_and_its_adjoint(
 
     monkeypatch.setattr(scan_kernels, "STEPS", 4)
     d, size, wide = 2, 5, torch.promote_types(dtype, torch.float32)
-    angle = torch.rand(d, modes, dtype=wide) * 3
-    decay = torch.stack([angle.cos(), angle.sin()], -1) * torch.rand(d, modes, 1, dtype=wide)
-    local = torch.randn(d, batch * chunks, 2 * modes, dtype=wide)
-    s = torch.randn(d, batch, modes, 2, dtype=wide)
+    number, words = (2,) if paired else (), (2 if paired else 1) * modes
+    decay = 1.4 * torch.rand(d, modes, *number, dtype=wide) - 0.7
+    local = torch.randn(d, batch * chunks, words, dtype=wide)
+    s = torch.randn(d, batch, modes, *number, dtype=wide)
     keep = torch.rand(batch, chunks) > 0.4 if flags else None
-    rows = torch.zeros(d, batch * chunks, size + 2 * modes, dtype=dtype)
+    rows = torch.zeros(d, batch * chunks, size + words, dtype=dtype)
     before, want = rows[:, :, size:], torch.zeros_like(local, dtype=torch.float64)
     got_last = scan_kernels.scan_chunks(local, decay, s, keep, before, reverse=reverse)
-    want_last = _scan(local.double(), decay.double(), s.double(), keep, want, reverse=reverse)
+    want_last = scan_into(local.double(), decay.double(), s.double(), keep, want, reverse=reverse)
     assert_close(
         {"before": before, "last": got_last}, {"before": want, "last": want_last}, BOUNDS[dtype]
     )
     assert not rows[:, :, :size].any()
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("flags", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize(
+    ("batch", "chunks", "width"), [(3, 7, 32), (18, 4, 6), (1, 5, 64), (2, 1, 1)]
+)
+def test_the_scan_with_a_matrix_and_its_adjoint(
+    batch: int, chunks: int, width: int, flags: bool, reverse: bool
+) -> None:
+    from pretrain.ops.dense_scan_kernel import scan_into
+
+    d = 2
+    matrix = torch.randn(d, width, width) / width**0.5
+    local, s = torch.randn(d, batch, chunks, width), torch.randn(d, batch, width)
+    keep = torch.rand(batch, chunks) > 0.4 if flags else None
+    got = torch.full_like(local, torch.nan)
+    got_last = scan_into(local, matrix, s, keep, got, reverse=reverse)
+    want = dense_scan(*(x.double() for x in (local, matrix, s)), keep, reverse=reverse)
+    found = {"before": got, "last": got_last}
+    assert_close(found, dict(zip(found, want, strict=True)), BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
