@@ -5,6 +5,7 @@
 # otherwise TORCH is installed.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+GPU_PROCESSES ?= 6
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" PYTHONUNBUFFERED=1
@@ -14,7 +15,8 @@ FIND_TORCH := import pathlib, re, torch; \
 	assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11); \
 	print(pathlib.Path(torch.__file__).parents[1])
 
-.PHONY: quickstart quickstart-long compare denoising-base denoising-study speed test test-slow test-browser lint format clean
+.PHONY: quickstart quickstart-long compare denoising-base denoising-study speed test test-slow \
+	test-gpu test-browser lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/ready
@@ -44,6 +46,12 @@ test: lint
 
 test-slow: $(VENV)/ready
 	@$(RUN) OMP_NUM_THREADS=1 pytest -m "slow and not gpu and not browser and not peers" --timeout=3600
+
+# What needs a GPU, each by name; minutes of compilation, so several processes share the device.
+# One thread each: references are in fp64 on the CPU, and the processes' threads would crowd it.
+test-gpu: $(VENV)/ready
+	@$(RUN) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+		pytest -m "gpu and not slow" -vv -rfE --numprocesses $(GPU_PROCESSES)
 
 # Opens the report page in an installed Chromium; screenshots go to test-artefacts/.
 test-browser: $(VENV)/ready

@@ -7,9 +7,12 @@ A block's queries share their summaries, all of them of earlier blocks: no mask 
 depends on the query, and a summary never contains a token that its reader must not see.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
+from pretrain.ops.attention_weights import attention_weights
 from pretrain.ops.numerics import no_autocast, wide_dtype
 from pretrain.ops.window_attention import _visible, key_blocks, keys_in_front, query_runs
 
@@ -85,15 +88,16 @@ def summary_attention(
             near = _visible("window", block_size, at, back, size, flags, q.device)
             if near is None:
                 near = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_()
-            far = known[:, bank].flatten(0, 1)[:, None, None]
-            scores = [
-                (longer @ far_keys.transpose(2, 3)).masked_fill(~far, -torch.inf),
-                (queries @ keys.transpose(2, 3)).masked_fill(~near, -torch.inf),
-            ]
-            both = torch.cat(scores, -1)
-            weights = both.to(wide_dtype(both)).softmax(-1).to(v.dtype)
-            summaries = far_keys.shape[2]
-            y = weights[..., :summaries] @ far_values + weights[..., summaries:] @ values
+            scores = (queries @ keys.transpose(2, 3)).masked_fill(~near, -torch.inf)
+            parts = [(scores, values)]
+            if far_keys.shape[2]:
+                far = known[:, bank].flatten(0, 1)[:, None, None]
+                scores = (longer @ far_keys.transpose(2, 3)).masked_fill(~far, -torch.inf)
+                parts.append((scores, far_values))
+            wide = [scores.to(wide_dtype(scores)) for scores, _ in parts]
+            weights = attention_weights(wide, v.dtype)
+            pairs = zip(weights, parts, strict=True)
+            y = reduce(torch.add, (share @ part for share, (_, part) in pairs))
             outputs.append(y.transpose(1, 2).unflatten(0, (-1, count)).flatten(1, 2))
             block += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

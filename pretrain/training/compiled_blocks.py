@@ -23,6 +23,9 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     are static, as in the tests of the mixers: training has one.
     """
     torch._dynamo.config.recompile_limit = 64
+    # Backward runs outside of autocast. By default a compiled one does not: products that a forward
+    # forms in fp32 by switching autocast off, as S4's powers, would have gradients in bf16.
+    torch._functorch.config.backward_pass_autocast = "off"
     add_loop_barriers()
     options = _OPTIONS if backend == "inductor" else None
     for module in (*model.blocks, model.norm):  # type: ignore[misc]

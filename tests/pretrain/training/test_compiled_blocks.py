@@ -12,6 +12,7 @@ from pretrain.mixers.base import map_state
 from pretrain.models import LanguageModel, LanguageModelConfig, LayersConfig, build_model
 from pretrain.models.block import BlockOutput
 from pretrain.models.layers import RMSNorm
+from pretrain.ops.numerics import no_autocast
 from pretrain.training.compiled_blocks import compile_blocks
 from pretrain.training.compiled_check import compiled_error, verify_compiled
 from pretrain.training.precision import autocast
@@ -54,6 +55,34 @@ def test_equal_models_share_what_is_compiled() -> None:
         compile_blocks(model)
         model.blocks[0](torch.ones(2))
     assert counters["frames"] == {"total": 1, "ok": 1}
+
+
+def test_what_runs_in_fp32_has_its_gradient_in_fp32() -> None:
+    """As S4's powers under autocast; by torch's default its products are in bf16 backward."""
+
+    class Powers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = nn.Parameter(
+                torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+            )
+
+        def forward(self) -> torch.Tensor:
+            with no_autocast(self.step):
+                return self.step @ self.step @ self.step
+
+    gradients = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, powers = nn.Module(), Powers()
+        model.blocks, model.norm = nn.ModuleList([powers]), nn.Identity()
+        if compiled:
+            compile_blocks(model, backend="aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            cube = powers()
+        cube.square().sum().backward()
+        gradients.append(powers.step.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_wrongly_compiled_code_is_found_before_training() -> None:
