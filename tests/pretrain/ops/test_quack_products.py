@@ -101,7 +101,7 @@ def test_operands_may_begin_anywhere(turned: bool) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(1 + 3 * 8)[1:].view(3, 8), torch.randn(1 + 8 * 128)[1:]
     b = b.view(128, 8).T if turned else b.view(8, 128)
-    assert torch.equal(product(a, b), a @ b)
+    torch.testing.assert_close(product(a, b), a @ b)  # a copy is summed in another order
 
 
 @pytest.mark.usefixtures("installed_on_hopper")
