@@ -45,6 +45,13 @@ PASSED_ON = (
     "compile",
 )
 
+# Of what is passed on, settings that another key makes.
+OWN_KEYS = {
+    ("zero_optimization", "stage"): "zero.stage",
+    ("torch_autocast", "enabled"): "train.precision",
+    ("torch_autocast", "dtype"): "train.precision",
+}
+
 
 @dataclass(frozen=True)
 class World:
@@ -145,11 +152,17 @@ def deepspeed_config(
             close = difflib.get_close_matches(str(key), PASSED_ON, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(PASSED_ON)}"
             raise ValueError(f"zero.extra.{key}: DeepSpeed would ignore it in silence; {hint}")
-    if "stage" in config.zero.extra.get("zero_optimization", {}):
-        raise ValueError(
-            "zero.extra.zero_optimization.stage: the stage has a key of its own, which checkpoints "
-            "record; use zero.stage"
-        )
+    for (section, key), own in OWN_KEYS.items():
+        settings = config.zero.extra.get(section, {})
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"zero.extra.{section}={settings}: must be a mapping, as zero.extra.{section}.KEY=..."
+            )
+        if key in settings:
+            raise ValueError(
+                f"zero.extra.{section}.{key}: it has a key of its own, which checkpoints record and "
+                f"the rest of training follows; use {own}"
+            )
     return _merge(generated, config.zero.extra)
 
 

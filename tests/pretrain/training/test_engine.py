@@ -15,6 +15,7 @@ from torch import nn
 from pretrain.config import RunConfig
 from pretrain.training import engine
 from pretrain.training.engine import (
+    OWN_KEYS,
     World,
     build_engine,
     deepspeed_config,
@@ -129,9 +130,17 @@ def test_key_that_deepspeed_would_ignore_is_an_error_with_the_closest_match() ->
         deepspeed_config(config_with(extra={"zero_optimisation": {}}), world_size=1)
 
 
-def test_stage_is_set_in_one_place() -> None:
-    with pytest.raises(ValueError, match=r"zero_optimization\.stage: .*use zero\.stage"):
-        deepspeed_config(config_with(extra={"zero_optimization": {"stage": 2}}), world_size=1)
+@pytest.mark.parametrize(("place", "own"), OWN_KEYS.items(), ids=str)
+def test_what_has_a_key_of_its_own_is_set_there(place: tuple[str, str], own: str) -> None:
+    """DeepSpeed would scale losses for fp16, and autocast would stay bf16."""
+    section, key = place
+    with pytest.raises(ValueError, match=rf"{section}\.{key}: .*use {own}"):
+        deepspeed_config(config_with(extra={section: {key: "float16"}}), world_size=1)
+
+
+def test_a_section_is_a_mapping() -> None:
+    with pytest.raises(ValueError, match=r"zero\.extra\.zero_optimization=2: must be a mapping"):
+        deepspeed_config(config_with(extra={"zero_optimization": 2}), world_size=1)
 
 
 def test_bf16_keeps_parameters_and_gradient_sums_in_fp32() -> None:
