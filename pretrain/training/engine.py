@@ -154,14 +154,13 @@ def deepspeed_config(
             raise ValueError(f"zero.extra.{key}: DeepSpeed would ignore it in silence; {hint}")
     for (section, key), own in OWN_KEYS.items():
         settings = config.zero.extra.get(section, {})
+        place = f"zero.extra.{section}"
         if not isinstance(settings, dict):
-            raise ValueError(
-                f"zero.extra.{section}={settings}: must be a mapping, as zero.extra.{section}.KEY=..."
-            )
+            raise ValueError(f"{place}={settings}: must be a mapping; set {place}.KEY=VALUE")
         if key in settings:
             raise ValueError(
-                f"zero.extra.{section}.{key}: it has a key of its own, which checkpoints record and "
-                f"the rest of training follows; use {own}"
+                f"{place}.{key}: it has a key of its own, which checkpoints record and the rest of "
+                f"training follows; use {own}"
             )
     return _merge(generated, config.zero.extra)
 
