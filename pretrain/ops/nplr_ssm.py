@@ -222,7 +222,10 @@ def _dense_scan_backward(
 def _scan(
     local: Tensor, matrix: Tensor, s: Tensor, keep: Tensor | None, *, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `pretrain.ops.chunk_scan.scan_into`, with matrices; returns `before`, too."""
+    """As `pretrain.ops.chunk_scan.scan_into`, with matrices; returns `before`, too.
+
+    By a kernel on a GPU, in fp32 and for states of up to its `WIDEST` words, else step by step.
+    """
     before = local.new_empty(local.shape)
     if local.is_cuda and local.dtype == torch.float32:
         from pretrain.ops import dense_scan_kernel
