@@ -88,16 +88,14 @@ def summary_attention(
             near = _visible("window", block_size, at, back, size, flags, q.device)
             if near is None:
                 near = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_()
-            scores = (queries @ keys.transpose(2, 3)).masked_fill(~near, -torch.inf)
-            parts = [(scores, values)]
+            scores = [(queries @ keys.transpose(2, 3)).masked_fill(~near, -torch.inf)]
+            read = [values]
             if far_keys.shape[2]:
                 far = known[:, bank].flatten(0, 1)[:, None, None]
-                scores = (longer @ far_keys.transpose(2, 3)).masked_fill(~far, -torch.inf)
-                parts.append((scores, far_values))
-            wide = [scores.to(wide_dtype(scores)) for scores, _ in parts]
-            weights = attention_weights(wide, v.dtype)
-            pairs = zip(weights, parts, strict=True)
-            y = reduce(torch.add, (share @ part for share, (_, part) in pairs))
+                scores.append((longer @ far_keys.transpose(2, 3)).masked_fill(~far, -torch.inf))
+                read.append(far_values)
+            wide = [part.to(wide_dtype(part)) for part in scores]
+            y = reduce(torch.add, map(torch.matmul, attention_weights(wide, v.dtype), read))
             outputs.append(y.transpose(1, 2).unflatten(0, (-1, count)).flatten(1, 2))
             block += count
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
