@@ -15,7 +15,6 @@ from torch import nn
 from pretrain.config import RunConfig
 from pretrain.training import engine
 from pretrain.training.engine import (
-    OWN_KEYS,
     World,
     build_engine,
     deepspeed_config,
@@ -130,12 +129,20 @@ def test_key_that_deepspeed_would_ignore_is_an_error_with_the_closest_match() ->
         deepspeed_config(config_with(extra={"zero_optimisation": {}}), world_size=1)
 
 
-@pytest.mark.parametrize(("place", "own"), OWN_KEYS.items(), ids=str)
-def test_what_has_a_key_of_its_own_is_set_there(place: tuple[str, str], own: str) -> None:
-    """DeepSpeed would scale losses for fp16, and autocast would stay bf16."""
-    section, key = place
+@pytest.mark.parametrize(
+    ("section", "key", "value", "own"),
+    [
+        ("zero_optimization", "stage", 2, "zero.stage"),
+        # DeepSpeed would scale losses for fp16, and autocast would stay bf16.
+        ("torch_autocast", "dtype", "float16", "train.precision"),
+        ("torch_autocast", "enabled", False, "train.precision"),
+    ],
+)
+def test_what_has_a_key_of_its_own_is_set_there(
+    section: str, key: str, value: object, own: str
+) -> None:
     with pytest.raises(ValueError, match=rf"{section}\.{key}: .*use {own}"):
-        deepspeed_config(config_with(extra={section: {key: "float16"}}), world_size=1)
+        deepspeed_config(config_with(extra={section: {key: value}}), world_size=1)
 
 
 def test_a_section_is_a_mapping() -> None:
